@@ -294,6 +294,20 @@ class ModelSettings(WithFrom):
     norm_epsilon: float = Field(1e-5, gt=0)
     logit_softcap: float = Field(0.0, ge=0, description="c: logits become c * tanh(logit / c), at most c; 0: off")
     logit_scale: float = Field(1.0, gt=0, description="factor of logits (T5 1.0: 1 / sqrt(hidden_size))")
+    mup_base_width: int = Field(
+        0,
+        ge=0,
+        description="hidden_size at which the learning rate was found: muP (Yang et al. 2022, table 8) lets it hold at "
+        "every width. Rates of matrices in blocks are divided by hidden_size / mup_base_width, their weight decay is "
+        "multiplied by it, logits are divided by it; 0: off",
+    )
+    mup_base_head_dim: int = setting(
+        0,
+        only_with={"mup_base_width": SET},
+        ge=0,
+        description="head_dim at mup_base_width: attention scores are scaled by 1 / head_dim instead of its root, "
+        "equal at this size; 0: heads are equally large at every width",
+    )
     min_vocabulary: int = Field(
         0, ge=0, description="least rows of embedding and output head; model.from sets it to the folder's vocab_size"
     )
@@ -349,6 +363,28 @@ class ModelSettings(WithFrom):
         return self.head_dim or self.hidden_size // self.num_heads
 
     @property
+    def width_ratio(self) -> float:
+        """hidden_size over that of the base in muP; 1 without it."""
+        return self.hidden_size / self.mup_base_width if self.mup_base_width else 1.0
+
+    @property
+    def head_ratio(self) -> float:
+        """head_dim over that of the base in muP; 1 without it."""
+        return self.resolved_head_dim / self.mup_base_head_dim if self.mup_base_head_dim else 1.0
+
+    @property
+    def resolved_attention_scale(self) -> float | None:
+        """Factor of attention scores; None: 1 / sqrt(head_dim), which the kernels know."""
+        if self.head_ratio == 1.0:
+            return self.attention_scale or None
+        return (self.attention_scale or self.resolved_head_dim**-0.5) * self.head_ratio**-0.5
+
+    @property
+    def resolved_logit_scale(self) -> float:
+        """Factor of the logits of tokens; a classification head's are not those of an output matrix."""
+        return self.logit_scale if self.classification else self.logit_scale / self.width_ratio
+
+    @property
     def rotary_channels(self) -> int:
         """Rotated channels of a head."""
         return int(self.resolved_head_dim * self.rotary_fraction)
@@ -386,6 +422,7 @@ class ModelSettings(WithFrom):
             raise ValueError(
                 'model.position_embedding = "learned" needs model.max_positions, the longest document in tokens'
             )
+        _check_mup(self)
         if self.vectors and self.start_folder:
             raise ValueError(
                 f"model.vectors = {self.vectors} and model.from = {self.start_folder}: the embeddings begin with those "
@@ -433,6 +470,24 @@ def _check_heads(model: ModelSettings) -> None:
         raise ValueError(
             f"model.num_heads = {model.num_heads} is not a multiple of model.num_kv_heads = {model.num_kv_heads}; "
             "choose a divisor of the heads"
+        )
+
+
+def _check_mup(model: ModelSettings) -> None:
+    if not model.mup_base_width or model.is_recurrent:
+        return
+    given = f"model.mup_base_width = {model.mup_base_width}"
+    if model.position_embedding == "sinusoidal":
+        raise ValueError(
+            f'{given} with model.position_embedding = "sinusoidal": those embeddings are scaled by sqrt(hidden_size), '
+            "for which muP has no rule; choose another position embedding"
+        )
+    if model.kind == "encoder_decoder" and (
+        model.encoder.hidden_size != model.hidden_size or model.encoder.resolved_head_dim != model.resolved_head_dim
+    ):
+        raise ValueError(
+            f"{given}: one base width holds for both sides; give the encoder the hidden_size and head_dim of the "
+            "decoder, or leave mup_base_width out"
         )
 
 

@@ -19,6 +19,7 @@ REASONS = {
     "embedding_scale": "embedded tokens are normalised before the first layer",
     "norm_placement": "one norm follows the embedding, one the last layer",
     "stochastic_depth": "layers have no residual stream around them",
+    "mup_base_width": "muP is defined for the matrices of a transformer",
     "activation": "the gates decide: sigmoid and tanh",
 }
 NO_PLACE = "a recurrent layer has neither attention heads, positions nor a feed-forward part"

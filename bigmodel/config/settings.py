@@ -506,6 +506,22 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _width_transfer_is_defined(self) -> "Settings":
+        width, kind = self.model.mup_base_width, self.optimizer.kind
+        if width and OPTIMIZERS[kind].mup_power is None:
+            known = ", ".join(name for name, row in OPTIMIZERS.items() if row.mup_power is not None)
+            raise ValueError(
+                f"model.mup_base_width = {width} with optimizer.kind = {kind!r}: muP has no rule for it; use one of "
+                f"{known}, or leave mup_base_width out"
+            )
+        if width and self.optimizer.has_penalty:
+            raise ValueError(
+                f"model.mup_base_width = {width} with optimizer.l1_penalty: muP has no rule for the size of the "
+                "penalty; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rates_fit(self) -> "Settings":
         if problem := problem_of_rates(self):
             raise ValueError(problem)

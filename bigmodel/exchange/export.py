@@ -21,6 +21,7 @@ from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.exchange.adapter import export_adapter
+from bigmodel.exchange.mup import folded, without_mup
 from bigmodel.exchange.quantization import Card, Form, Gguf, form_of, losses_of
 from bigmodel.exchange.tokenizer_files import as_json, read_description, token_ids, tokenizer_files
 from bigmodel.model.huggingface.folder import BESIDE, MAX_BYTES, write_folder
@@ -96,8 +97,9 @@ def export(
     """
     as_dtype = _dtype(dtype)
     settings = _settings_of(run_directory)
-    kind = _type_of(settings, kind)
-    form = form_of(quantize, kind, settings, dtype, max_bytes)
+    plain = settings.model_copy(update={"model": without_mup(settings.model)})
+    kind = _type_of(plain, kind)
+    form = form_of(quantize, kind, plain, dtype, max_bytes)
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another folder, or delete this one")
     found = checkpoint.of_run(run_directory, best)
@@ -123,6 +125,8 @@ def write_model(
 ) -> list[str]:
     """Write weights as a Hugging Face folder of type `kind`; gives remarks. files: tokenizer.json of the data, and
     chat_template.jinja if there is one. form: of quantized weights. losses: said in README.md."""
+    source = folded(source, settings.model)
+    settings = settings.model_copy(update={"model": without_mup(settings.model)})
     tokenizer = Tokenizer.load(files["tokenizer.json"], fast=False)
     description = read_description(files["tokenizer.json"])
     names, start = names_of(kind, settings.model), _object_of(settings.model.start_folder, "config.json")

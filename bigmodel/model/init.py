@@ -36,6 +36,9 @@ def init_weights(
     model.attention_scale set, query weights are divided by it and by sqrt(head_dim), as in T5, so that initial scores
     are the same as without.
 
+    With width, deviations of matrices in blocks fall as its root and those of embeddings and head are constant: that is
+    muP's table 8 (Yang et al. 2022), so that model.mup_base_width changes no initial weight.
+
     Each parameter has its own random stream, keyed by seed and name: values depend on neither the order of creation nor
     the number of ranks.
     """

@@ -135,7 +135,7 @@ class Attention(nn.Module):
             settings.num_kv_heads,
             settings.resolved_head_dim,
         )
-        self.scale, self.softcap = settings.attention_scale or None, settings.attention_softcap or None
+        self.scale, self.softcap = settings.resolved_attention_scale, settings.attention_softcap or None
         has_bias = settings.attention_bias != "none"
         rows = tuple(heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads))
         self.query_key_value = Linear(settings.hidden_size, sum(rows), has_bias, parts=rows)
@@ -206,7 +206,7 @@ class CrossAttention(nn.Module):
             settings.num_kv_heads,
             settings.resolved_head_dim,
         )
-        self.scale, self.softcap = settings.attention_scale or None, settings.attention_softcap or None
+        self.scale, self.softcap = settings.resolved_attention_scale, settings.attention_softcap or None
         has_bias = settings.attention_bias != "none"
         self.query = Linear(settings.hidden_size, self.num_heads * self.head_dim, has_bias)
         rows = self.num_kv_heads * self.head_dim
@@ -507,7 +507,8 @@ class Transformer(nn.Module):
     def last_states(self, x_TH: Tensor) -> Tensor:
         """Normalised and scaled: the head's input."""
         x_TH = self.norm(x_TH)
-        return x_TH if self.settings.logit_scale == 1.0 else x_TH * self.settings.logit_scale
+        scale = self.settings.resolved_logit_scale
+        return x_TH if scale == 1.0 else x_TH * scale
 
     def trunk(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch) -> tuple[Tensor, Views, EncoderOutput | None]:
         """Through all blocks: the states (T, H) before the last norm, the attention inputs, the encoder's output."""

@@ -117,6 +117,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "model.norm_bias": (False, {}, 'set norm = "layer"', {"norm": "layer"}),
     "model.zero_centered_norm": (True, {"norm": "layer"}, 'set norm = "rms"', {}),
     "model.qk_norm_over": ("all_heads", {}, "set qk_norm = true", {"qk_norm": True}),
+    "model.mup_base_head_dim": (32, {}, "without mup_base_width", {"mup_base_width": 64}),
     "model.rotary_fraction": (0.5, BUCKETS, 'with position_embedding = "relative_bias"', {}),
     "model.rope_scaling": ({"kind": "linear", "factor": 2.0}, BUCKETS, 'with position_embedding = "relative_bias"', {}),
     "model.rope_scaling.original_max_position_embeddings": (512, LINEAR, 'with kind = "linear"', LLAMA3),

@@ -3,7 +3,8 @@
 In: a model and settings. Out: a `torch.optim.Optimizer` whose states are known before the first update (`states_of`),
 so that they can be read and written by parameter name. Weight decay and L1 penalty: of matrices; embeddings and
 one-dimensional parameters (norms) have none; `optimizer.groups` overrides this for the parameters that it names. A head
-tied to the embedding counts as embedding, an untied head as a matrix.
+tied to the embedding counts as embedding, an untied head as a matrix. With `model.mup_base_width` the rates and the
+weight decay of matrices in blocks depend on the width (`width_factor`).
 """
 
 import re
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigmodel.config.settings import OptimizerSettings, UserError
+from bigmodel.config.settings import ModelSettings, OptimizerSettings, UserError
 from bigmodel.training.optimizers.penalty import with_penalty
 from bigmodel.training.optimizers.table import OPTIMIZERS, State
 
+IN_BLOCKS = re.compile(r"(encoder\.|extra_|)blocks\.")
 BLOCK = re.compile(r"(encoder\.|)blocks\.(\d+)\.")
 
 
@@ -33,6 +35,7 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     groups: dict[tuple[float, float, float, bool, tuple[int, ...]], list[nn.Parameter]] = {}
     parts = rows_of_parts(model) if settings.joined_matrices == "parts" else {}
     factors = layer_factors([name for name, _ in model.named_parameters()], settings.layer_decay)
+    of_width = width_factor(getattr(model, "settings", None), settings)
     met: set[str] = set()
     matrices = OPTIMIZERS[settings.kind].matrices
     for name, parameter in model.named_parameters():
@@ -50,6 +53,8 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             penalty = penalty if given.l1_penalty is None else given.l1_penalty
             factor = given.learning_rate_factor
         factor *= factors[name]
+        if len(shape) >= 2 and IN_BLOCKS.match(name) and ".lora." not in name:
+            factor, decay = factor * of_width, decay / of_width
         groups.setdefault((decay, penalty, factor, as_matrix, parts.get(id(parameter), ())), []).append(parameter)
     for given in settings.groups:
         if given.parameters not in met:
@@ -71,6 +76,26 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             groups.items(), key=lambda item: item[0], reverse=True
         )
     ]
+
+
+def width_factor(model: ModelSettings | None, settings: OptimizerSettings) -> float:
+    """muP's factor of the learning rate of matrices in blocks (`model.mup_base_width`); 1 without it.
+
+    Width ratio m: AdamW, Lion and AdEMAMix change every weight by about the rate, so that an output moves by inputs
+    times rate: 1 / m (Yang et al. 2022, table 8). Muon's updates have a spectral norm of its matrix_scale:
+    match_rms_adamw, which grows as sqrt(m), needs 1 / sqrt(m), original 1 (Yang, Simon & Bernstein 2023: the spectral
+    norm of an update is to be that of sqrt(outputs / inputs)).
+
+    Weight decay is divided by this factor: rate * decay, the share that a step removes, is that of the base, as in
+    Yang's `MuAdamW`. Otherwise decay would vanish with width (Wang & Aitchison 2024; Kosson et al. 2025).
+    """
+    if model is None or not model.mup_base_width:
+        return 1.0
+    power = OPTIMIZERS[settings.kind].mup_power
+    assert power is not None, f"optimizer.kind = {settings.kind!r} has no rule for width"
+    if settings.kind == "muon" and settings.matrix_scale == "original":
+        power = 0.0
+    return float(model.width_ratio**-power)
 
 
 def rows_of_parts(model: nn.Module) -> dict[int, tuple[int, ...]]:

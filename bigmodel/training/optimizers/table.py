@@ -42,6 +42,7 @@ class Optimizer:
     matrices: Literal["none", "hidden", "all"] = "none"  # the matrices that have `states_of_matrices` instead
     states_of_matrices: tuple[State, ...] = ()
     crosses_ranks: bool = False  # needs whole matrices or sums over ranks: the engine sets its attribute `shards`
+    mup_power: float | None = None  # muP: power of the width with which rates of hidden matrices fall; None: refused
     cycles_beta1: bool = False  # beta1 may change from step to step: schedule.beta1_range
     json_types: tuple[str, ...] = ()  # optimizer.type in a DeepSpeed JSON; "auto" becomes the first
     stages: tuple[int, ...] = (0, 1, 2, 3)  # supported ZeRO stages
@@ -65,6 +66,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         states=ADAMW,
         cycles_beta1=True,
         json_types=("AdamW", "Adam"),
+        mup_power=1.0,
     ),
     "lion": Optimizer(
         about="Lion (Chen et al. 2023), one moment",
@@ -73,6 +75,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         states=(MOMENT,),
         cycles_beta1=True,
         json_types=("Lion",),
+        mup_power=1.0,
     ),
     "muon": Optimizer(
         about="Muon (Jordan et al. 2024) on hidden matrices, AdamW on the rest",
@@ -83,6 +86,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         states_of_matrices=(MOMENT,),
         crosses_ranks=True,
         json_types=("Muon",),
+        mup_power=0.5,
     ),
     "adafactor": Optimizer(
         about="Adafactor (Shazeer & Stern 2018), a vector of rows and one of columns for each matrix",
@@ -100,5 +104,6 @@ OPTIMIZERS: dict[str, Optimizer] = {
         reads=("beta1", "beta2", "epsilon", "alpha", "beta3", "ema_warmup_steps"),
         states=(*ADAMW, State("exp_avg_slow")),
         json_types=("AdEMAMix",),
+        mup_power=1.0,
     ),
 }
