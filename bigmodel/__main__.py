@@ -229,6 +229,37 @@ def upload(run_file: RunFile, override: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
+def plan(
+    run_file: RunFile,
+    override: Overrides = [],  # noqa: B006
+    cluster: Annotated[
+        Path | None, typer.Option(help="cluster file (TOML): nodes, GPUs and \\[hardware]", metavar="CLUSTER.toml")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=0, help="without --cluster: number of GPUs, 8 to a node; 0: 8")] = 0,
+    vocabulary: Annotated[
+        int, typer.Option(min=0, help="tokens of the tokenizer; 0: of the prepared data or of prepare.tokenizer")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print all numbers as JSON, in SI units")] = False,
+    png: Annotated[Path | None, typer.Option(help="also draw the plan to this file")] = None,
+    search: Annotated[bool, typer.Option("--search", help="also list the fastest settings that fit")] = False,
+    measured: Annotated[
+        list[Path], typer.Option(help="run directory to calibrate the times with; repeatable", metavar="RUN")
+    ] = [],  # noqa: B006
+) -> None:
+    """Plan memory, time, failures, cost and data of a run. Needs neither data nor a GPU.
+
+    Exit code 0: it fits the GPUs, 1: it does not, 2: a setting, file or option is wrong.
+    """
+    from bigmodel.planning.context import context_of
+    from bigmodel.planning.plan_command import Output, cluster_of
+    from bigmodel.planning.plan_command import plan as run
+
+    context = context_of(load_settings(run_file, override), cluster_of(cluster, ranks), vocabulary)
+    if not run(context, measured, Output(as_json, png, search)):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
 def train(
     run_file: RunFile,
     override: Overrides = [],  # noqa: B006
