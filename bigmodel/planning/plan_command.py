@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from bigmodel.config.settings import UserError
 from bigmodel.launcher.cluster import Cluster, hosts_and_slots, load_cluster
+from bigmodel.planning.calibration import calibrated
 from bigmodel.planning.changes import Choice, choice_of, search
 from bigmodel.planning.context import Context, cluster_of_ranks
 from bigmodel.planning.cost import cost_part
@@ -23,6 +24,7 @@ from bigmodel.planning.part import Part
 from bigmodel.planning.plan_picture import draw_plan
 from bigmodel.planning.plan_table import found_table, parts_table
 from bigmodel.planning.reliability import reliability_part
+from bigmodel.planning.scaling import scaling_part
 from bigmodel.planning.show_memory import console
 from bigmodel.planning.state_memory import Plan
 from bigmodel.planning.step_time import Rates, StepTime, step_time, time_part
@@ -53,12 +55,7 @@ class Output(NamedTuple):
 
 def plan(context: Context, measured: Sequence[Path], output: Output) -> bool:
     """Print the plan. Returns whether the run fits. Raises `UserError`."""
-    rates = None
-    if measured:
-        from bigmodel.planning.calibration import calibrated
-
-        rates = calibrated(measured, context.cluster)
-    planned = planned_of(context, rates, output.search)
+    planned = planned_of(context, calibrated(measured, context.cluster) if measured else None, output.search)
     if output.as_json:
         print(json.dumps(numbers_of(planned), indent=2))
     else:
@@ -80,6 +77,7 @@ def planned_of(context: Context, rates: Rates | None, is_searched: bool = False)
         "reliability": reliability,
         "cost": cost_part(context, step, reliability),
         "data": data_part(context, step),
+        "scaling": scaling_part(context),
     }
     found = search(context, limit, lambda one: step_time(one, rates)) if is_searched else []
     by_stage = {stage: memory_of(one) for stage, one in stages_of(context).items()}

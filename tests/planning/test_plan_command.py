@@ -58,7 +58,7 @@ def test_the_first_line_says_that_it_fits_and_the_parts_follow(
     assert first.startswith("fits: ")
     assert first.endswith("GiB (H100 SXM)")
     assert "8,030,261,248 parameters, vocabulary 128,256" in second
-    for title in ("Time", "Saves and failures", "Cost", "Data"):
+    for title in ("Time", "Saves and failures", "Cost", "Data", "Scaling law"):
         assert f"\n  {title} " in printed, title
     assert "assumed: [hardware] gpu" not in printed
     picture = (255 * imread(png)[..., :3]).astype(int)
@@ -86,7 +86,7 @@ def test_json_has_the_numbers_of_the_parts(cluster: str, capsys: pytest.CaptureF
     assert found["time"]["tokens_per_second"] * found["time"]["step_seconds"] == pytest.approx(
         found["time"]["tokens_per_step"]
     )
-    assert {"reliability", "data"} <= set(found)
+    assert {"reliability", "data", "scaling"} <= set(found)
     assert "search" not in found
 
 
