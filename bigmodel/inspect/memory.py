@@ -100,7 +100,7 @@ def activation_bytes(settings: Settings, effective: dict[str, Any], vocabulary: 
     chunk = logits + logits * vocabulary // columns // WIDE * width  # logits and their gradient
     if model.teacher:  # probabilities and logarithms of both models, of a block
         chunk += 4 * min(BLOCK_BYTES, WIDE * len(batch.tokens) * vocabulary)
-    return (bytes_.peak + chunk) // settings.training.sequence_parallel_ranks
+    return bytes_.peak + chunk
 
 
 def _eager(settings: Settings) -> Any:
@@ -112,7 +112,10 @@ def _forget_gradient(parameter: Tensor) -> None:
 
 
 def _empty_batch(settings: Settings, packs: int) -> Batch:
+    """What one rank has of them: of shared packed sequences its part."""
     data, numbers = settings.data, list(range(packs))
+    length = data.sequence_length // settings.training.sequence_parallel_ranks
+    data = data.model_copy(update={"sequence_length": length})
     source_seeds = (
         make_dropout_seeds(0, 0, numbers, data.source_sequence_length, "source")
         if data.source_sequence_length

@@ -89,8 +89,7 @@ def activation_parts(settings: Settings, vocabulary: int, packs: int, teacher: T
     held += side.positions() + (source.positions() if source else 0)
     loss = side.chunk(vocabulary, teacher is not None) + (head if moments[0] == max(moments) else 0)
     peak = held + max(moments) + side.chunk(vocabulary, teacher is not None)
-    sharing = settings.training.sequence_parallel_ranks
-    return {"activations": (peak - loss) // sharing, "loss buffers": loss // sharing}
+    return {"activations": peak - loss, "loss buffers": loss}
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,7 @@ class _Side:
     def of_target(cls, settings: Settings, packs: int) -> "_Side":
         data, low = settings.data, bytes_of(settings.training.precision)
         tokens, sources = packs * data.sequence_length, packs * data.source_sequence_length
+        tokens //= settings.training.sequence_parallel_ranks
         return cls(settings.model, low, tokens, sources, _adapters(settings, "blocks.0."))
 
     @classmethod

@@ -14,7 +14,7 @@ from bigmodel.pictures import MEMORY
 from bigmodel.planning.context import Context, cluster_of_ranks, context_of
 from bigmodel.planning.memory import GIB, PARTS, memory_of, memory_part, stages_of, tensors_of
 from bigmodel.planning.show_memory import show_memory
-from tests.planning.test_activation_memory import model_of, table_of
+from tests.planning.test_activation_memory import MODEL, model_of, table_of
 
 REPOSITORY = Path(__file__).parents[2]
 TOKENS = 4096
@@ -69,14 +69,17 @@ def test_a_teacher_is_counted_with_its_forward(tmp_path: Path, kind: str) -> Non
     assert counted > 1.05 * activation_bytes(alone.settings, alone.effective, TOKENS)
 
 
-def test_ranks_that_share_a_sequence_divide_its_activations() -> None:
+def test_ranks_that_share_a_sequence_divide_what_its_tokens_make() -> None:
+    """The gradient of the output matrix is whole on each; the exchange of heads needs a second communicator."""
     table = table_of(model_of("llama"), "bf16", "none")
-    shared = table | {"training": table["training"] | {"sequence_parallel_ranks": 4}}
-    one, four = (memory_of(context(each)).device for each in (table, shared))
-    for part in ("activations", "loss buffers"):
-        assert four[part] == pytest.approx(one[part] / 4, abs=1)
+    shared = context(table | {"training": table["training"] | {"sequence_parallel_ranks": 4}})
+    one, four = memory_of(context(table)).device, memory_of(shared).device
+    counted = activation_bytes(shared.settings, shared.effective, shared.vocabulary)
+    assert four["activations"] + four["loss buffers"] == pytest.approx(counted, rel=0.05)
+    assert four["activations"] < one["activations"] / 3
+    assert four["loss buffers"] > (4 + 2) * TOKENS * MODEL["hidden_size"], "fp32, and bf16 in the backward"
     assert four["weights"] == one["weights"]
-    assert four["framework"] > one["framework"], "a second communicator, for the exchange of heads"
+    assert four["framework"] > one["framework"]
 
 
 def test_one_gpu_needs_no_communicator_and_every_part_has_a_colour_and_a_note() -> None:
