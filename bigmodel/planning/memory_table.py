@@ -57,8 +57,8 @@ def draw_memory(axes: "Axes", by_stage: Mapping[str, Plan], limit: int) -> None:
             axes.barh(0, 0, color=colour, label=part)
     if limit:
         axes.axvline(limit / unit, color=INK, linewidth=1.5, linestyle=(0, (5, 3)))
-        above = (limit / unit, 1.01)
-        axes.annotate("device", above, xycoords=("data", "axes fraction"), color=INK, fontsize=9, ha="center")
+        foot = (limit / unit, 0.02)
+        axes.annotate(" device", foot, xycoords=("data", "axes fraction"), color=INK, fontsize=9)
     axes.set_yticks(range(len(bars)), [stage for stage, _, _ in bars])
     axes.invert_yaxis()
     axes.set_xlabel(f"{name} on each GPU")

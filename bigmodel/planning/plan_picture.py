@@ -59,7 +59,7 @@ def _draw_days(axes: "Axes", step: StepTime, parts: Mapping[str, Part]) -> None:
     for cause, seconds in amounts.items():
         axes.barh(0, seconds / DAY, left=left, color=CAUSES[cause], label=f"{said[cause]}: {seconds / DAY:,.3g} days")
         left += seconds / DAY
-    facts = [f"{cost['tokens']:,} tokens"]
+    facts = [f"{cost['tokens'] / 1e9:,.4g} billion tokens"]
     if cost["seconds"]:
         facts += [f"{cost['gpu_hours']:,.0f} GPU hours", f"{cost['node_joules'] / 3.6e9:,.3g} MWh"]
         facts += [f"{cost['money']:,.0f} in money"] if cost["money"] else []
