@@ -52,11 +52,14 @@ class Measured(NamedTuple):
     sent_seconds: float
     blocks: int
     step_seconds: float
+    peak_flops: float = 0.0  # of the device; 0: not known
 
 
 def calibrated(runs: Sequence[Path], cluster: Cluster) -> Rates:
     """Fitted to these runs, on the hardware of the cluster file. Raises `UserError`."""
-    return fitted([read_run(run, cluster) for run in runs])
+    measured = [read_run(run, cluster) for run in runs]
+    is_named = cluster.hardware.gpu or cluster.hardware.peak_tflops
+    return fitted(measured)._replace(peak_flops=0.0 if is_named else measured[-1].peak_flops)
 
 
 def read_run(run: Path, cluster: Cluster) -> Measured:
@@ -73,7 +76,8 @@ def read_run(run: Path, cluster: Cluster) -> Measured:
     machines = cluster.model_copy(update={"nodes": nodes, "ranks_per_node": 0, "gpus_per_node": ranks // nodes})
     vocabulary = settings.model.num_rows(manifest.vocabulary + num_special_tokens(settings.data))
     context = Context(settings, effective, vocabulary, machines, ranks, manifest)
-    return measured_step(run.name, context, step_demand(context), _step_seconds(run, lines))
+    found = measured_step(run.name, context, step_demand(context), _step_seconds(run, lines))
+    return found._replace(peak_flops=starts[-1].get("device_peak_flops") or 0.0)
 
 
 def fitted(runs: Sequence[Measured]) -> Rates:

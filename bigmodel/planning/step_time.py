@@ -46,6 +46,7 @@ class Rates(NamedTuple):
     bytes_slowdown: float = 1.0  # of elements and optimizer
     seconds_per_block: float = 0.0  # in a micro-batch
     seconds_per_step: float = 0.0
+    peak_flops: float = 0.0  # of the measured device, where the cluster file names none; for MFU
     measured: tuple[str, ...] = ()
 
 
@@ -78,7 +79,7 @@ def step_time(context: "Context", calibration: Rates | None = None) -> StepTime:
     of_segments = [seconds_by_phase(context, demand, hardware, rates) for _, demand in segments]
     (_, demand), phases = segments[-1], of_segments[-1]
     seconds = sum(phases.values())
-    peak = hardware.peak_flops * context.ranks * seconds
+    peak = (rates.peak_flops or hardware.peak_flops) * context.ranks * seconds
     causal, full, of_hardware = (count / peak for count in demand.model_flops)
     training = sum(steps * sum(one.values()) for (steps, _), one in zip(segments, of_segments, strict=True))
     evaluation = _evaluation_seconds(context, demand, phases)
@@ -177,7 +178,7 @@ def time_part(context: "Context", found: StepTime) -> Part:
         "flops": dict(zip(("causal", "full", "hardware"), demand.model_flops, strict=True)),
         "sent_bytes": found.sent_bytes,
         "micro_batches": demand.micro_batches,
-        "peak_flops_per_second": found.hardware.peak_flops,
+        "peak_flops_per_second": rates.peak_flops or found.hardware.peak_flops,
         "rates": rates._asdict(),
         "assumptions": [f"{row.name}: {row.value} ({row.note})" for row in rows if row in assumptions(context, found)],
     }

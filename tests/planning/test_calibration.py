@@ -9,11 +9,13 @@ import pytest
 
 from bigmodel.config.settings import Settings, UserError, to_toml_table
 from bigmodel.launcher.cluster import Cluster
-from bigmodel.planning.calibration import Measured, calibrated, fitted, measured_step
+from bigmodel.planning.calibration import Measured, calibrated, fitted, measured_step, planned_seconds
 from bigmodel.planning.context import Context, context_of
 from bigmodel.planning.step_demand import step_demand
 from bigmodel.planning.step_time import Rates, step_time
 from tools.published_steps import ROWS, predicted
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def context(width: int, layers: int) -> Context:
@@ -63,7 +65,7 @@ def write_run(run: Path, seconds: list[float], **changes: Any) -> None:
     (run / "settings.json").write_text(json.dumps(to_toml_table(given.settings)))
     (run / "deepspeed.json").write_text(json.dumps(given.effective))
     (run / "data_manifest.json").write_text(json.dumps(MANIFEST))
-    lines: list[dict[str, Any]] = [{"kind": "start", "world_size": 1}]
+    lines: list[dict[str, Any]] = [{"kind": "start", "world_size": 1, "device_peak_flops": 3e12}]
     steps = {"data_wait_seconds": 0.5, "compile_seconds": 0.0, "positions": 4090, "padding": 6} | changes
     lines += [{"kind": "step", "step_seconds": one + 0.5, **steps} for one in seconds]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -82,6 +84,10 @@ def test_a_run_directory_is_read_without_waits_and_first_steps(tmp_path: Path) -
     assert found.measured == ("run",)
     given = context(128, 3)
     assert found.slowdown * step_time(given).seconds == pytest.approx(2.0, rel=0.05)  # other documents: 400 tokens
+    planned = step_time(given, found)
+    assert planned.mfu_causal == pytest.approx(planned.demand.model_flops[0] / (3e12 * planned.seconds))
+    named = Cluster.model_validate({"gpus_per_node": 1, "hardware": {"gpu": "H200"}})
+    assert calibrated([tmp_path / "run"], named).peak_flops == 0
 
 
 @pytest.mark.parametrize("name", ["settings.json", "deepspeed.json", "data_manifest.json"])
@@ -106,3 +112,12 @@ def test_published_steps_are_planned_within_15_percent() -> None:
     assert len(off) == 36
     assert max(map(abs, off)) < 0.15
     assert float(np.median(np.abs(off))) < 0.05
+
+
+def test_the_largest_of_four_sizes_is_predicted_from_the_others_within_15_percent() -> None:
+    """CPU seconds that `tools.bench_plan` measured; a step of the last size takes several times that of the third."""
+    rows = json.loads((REPOSITORY / "benchmarks/bench_plan.json").read_text())["rows"]
+    runs = [Measured(**row["measured"]) for row in rows if "measured" in row]
+    assert len(runs) == 4
+    assert runs[-1].step_seconds > 2 * runs[-2].step_seconds
+    assert planned_seconds(runs[-1], fitted(runs[:-1])) == pytest.approx(runs[-1].step_seconds, rel=0.15)
