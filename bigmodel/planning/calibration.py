@@ -7,7 +7,8 @@ batch size. It is taken apart as the plan does:
     seconds = collectives + a * products and attention + b * elements and optimizer + c * blocks + d
 
 with blocks = blocks * micro-batches. Of the constants, none below 0, only as many are fitted as it takes to meet every
-run within 5%, at most as many as there are runs: one run gives a = b, three of different sizes also c, d or b.
+run within 5%, and fewer than there are runs, so that noise of a run does not become a constant: one run or two give
+a = b, three of different sizes also c, d or b.
 """
 
 import itertools
@@ -86,7 +87,7 @@ def fitted(runs: Sequence[Measured]) -> Rates:
     wanted = np.array([1 - run.sent_seconds / run.step_seconds for run in runs])
     best, error = (1.0, 1.0, 0.0, 0.0), np.inf
     for count, designs in itertools.groupby(DESIGNS, len):
-        if count > len(runs) or error < MET:
+        if count > max(1, len(runs) - 1) or error < MET:
             break
         for design in designs:
             values, off = _least_squares(parts @ np.array(design).T, wanted)
