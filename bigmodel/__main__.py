@@ -643,6 +643,33 @@ def average(
     print(f"{folder}: the mean of {counted_noun(len(names), 'checkpoint')}: {'; '.join(names)}")
 
 
+@app.command()
+def sweep(
+    run_file: RunFile,
+    widths: Annotated[str, typer.Option(metavar="W,W,...", help="hidden sizes of the small runs")],
+    override: Overrides = [],  # noqa: B006
+    tokens_per_parameter: Annotated[
+        str, typer.Option(metavar="R,...", help="tokens per parameter; default: those of the run file")
+    ] = "",
+    rates: Annotated[str, typer.Option(metavar="RATE,...", help="learning rates; default: that of the run file")] = "",
+    out: Annotated[Path, typer.Option(help="folder of the runs and the result")] = Path("runs/sweep"),
+    ranks: Annotated[int, typer.Option(min=1, help="ranks of each run")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the ladder and its compute, run nothing")] = False,
+    target: Annotated[
+        bool, typer.Option("--target", help="run the run file itself, too, after the prediction")
+    ] = False,
+) -> None:
+    """Train a ladder of small runs, fit a scaling law, and predict the loss of the run file. Resumes after a kill."""
+    from bigmodel.sweep.command import Options, numbers_of
+    from bigmodel.sweep.command import sweep as run
+
+    sizes = [int(one) for one in numbers_of("--widths", widths, whole=True)]
+    ratios, tried = numbers_of("--tokens-per-parameter", tokens_per_parameter), numbers_of("--rates", rates)
+    code = run(Options(run_file, override, sizes, ratios, tried, out, ranks, dry_run, target))
+    if code:
+        raise typer.Exit(code)
+
+
 @app.command("import")
 def import_folder(
     folder: Annotated[Path, typer.Argument(help="folder of a Hugging Face model", metavar="FOLDER")],
