@@ -32,6 +32,8 @@ from bigmodel.sizes import byte_size
 
 # Tokens that one core reads, orders and packs in a second: benchmarks/stream_speed.json, a test compares.
 LOADED_TOKENS_PER_CORE_SECOND = 23e6
+# The same of shards of text, which are tokenized: benchmarks/stream_text.json, a test compares.
+LOADED_TEXT_TOKENS_PER_CORE_SECOND = 1.5e6
 # Text that one core cleans, tokenizes and writes in a second: benchmarks/prepare.json, a test compares.
 PREPARED_BYTES_PER_CORE_SECOND = 5.2e6
 # Bytes of English text in a token, of 32,000 and of 128,000 tokens: Llama Team 2024, section 3.2 (Llama 2's and 3's).
@@ -121,13 +123,15 @@ def packed_sample(settings: Settings) -> Packed:
 
 
 def whole_share(data: DataSettings, manifest: Manifest) -> float:
-    """Share of the tokens in documents that are not split, in the first shards of each source."""
-    whole = total = 0
+    """Share of the tokens in documents that are not split, in the first shards of each source; of several objectives,
+    the mean by their shares."""
+    examples, whole, total = Examples(data, 0), 0.0, 0
     for source in manifest.sources:
         for shard in range(min(SAMPLED_SHARDS, len(manifest.shards[source]["train"]))):
             path = data.directory / "train" / source / f"lengths.{shard:05}.npy"
             positions = np.maximum(np.load(path, mmap_mode="r").astype(np.int64) - 1, 0)
-            whole += int(positions[positions <= data.max_document_length].sum())
+            for objective, longest in zip(examples.objectives, examples.longest.tolist(), strict=True):
+                whole += objective.share * int(positions[positions <= longest].sum())
             total += int(positions.sum())
     return whole / max(1, total)
 
@@ -194,8 +198,9 @@ def _prepared(settings: Settings, manifest: Manifest, packs: int) -> tuple[list[
         filled = f"{packed.filled:.1%}, {packed.source_filled:.1%}"
     rows.append(Row("filled", filled, f"of {packed.packs:,} packed sequences of lane 0, planned as in the run"))
     if not any("target_tokens" in manifest.counts[source]["train"] for source in manifest.sources):
-        limit = f"data.max_document_length = {data.max_document_length:,}"
-        rows.append(Row("documents not split", f"{whole:.1%}", f"of the tokens, by {limit}"))
+        longest = int(Examples(data, 0).longest.max())
+        note = f"of the tokens; a longer text than {longest:,} is split (data.max_document_length)"
+        rows.append(Row("documents not split", f"{whole:.1%}", note))
         numbers["whole_share"] = whole
     return rows, numbers | {"filled_share": packed.filled, "source_filled_share": packed.source_filled}
 
@@ -255,7 +260,7 @@ def _budget_row(settings: Settings, wanted: float) -> Row:
 
 def _stored_bytes_per_token(manifest: Manifest) -> float:
     tokens = sum(stored_amount(counts[split], "tokens") for counts in manifest.counts.values() for split in counts)
-    size = sum(entry["bytes"] for path, entry in manifest.files.items() if path.endswith(".mds"))
+    size = sum(entry["bytes"] for path, entry in manifest.files.items() if ".mds" in path)
     return size / max(1, tokens)
 
 
@@ -264,16 +269,17 @@ def _loading(context: Context, step_time: Speed, read: float, stored: float) -> 
     training, nodes = context.settings.training, context.cluster.nodes
     packs = packs_at(training.steps - 1, training.global_batch_size, training.batch_ramp)
     of_node = packs * read / step_time.seconds / nodes
-    cores = of_node / LOADED_TOKENS_PER_CORE_SECOND
+    recipe = context.manifest.recipe if context.manifest else {"content": context.settings.prepare.content}
+    of_core, source = LOADED_TOKENS_PER_CORE_SECOND, "stream_speed.json"
+    if recipe.get("content") == "text":
+        of_core, source = LOADED_TEXT_TOKENS_PER_CORE_SECOND, "tokenized while loading, stream_text.json"
+    cores = of_node / of_core
+    busy = f"{cores:.2g} cores" if cores >= 1 else f"{cores:.1%} of a core" if cores >= 0.001 else "next to no core"
+    note = f"{count(of_node)} tokens of {stored:.1f} bytes a second, {busy} ({source})"
+    every = of_node * stored * nodes
     rows = [
-        Row(
-            "loading, a node",
-            f"{byte_size(of_node * stored)}/s",
-            f"{count(of_node)} tokens of {stored:.1f} bytes a second, {cores:.2g} of a core (stream_speed.json)",
-        ),
-        Row(
-            "loading, all nodes", f"{byte_size(of_node * stored * nodes)}/s", "from the store, if no node keeps shards"
-        ),
+        Row("loading, a node", f"{byte_size(of_node * stored)}/s", note),
+        Row("loading, all nodes", f"{byte_size(every)}/s", "from the store, if no node keeps shards"),
     ]
     numbers = {
         "node_loading_bytes_per_second": of_node * stored,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from bigmodel.config.settings import Settings, UserError
@@ -18,6 +19,7 @@ from bigmodel.data.store.shards import ShardStore
 from bigmodel.launcher.cluster import Cluster
 from bigmodel.planning.context import context_of
 from bigmodel.planning.data_needs import (
+    LOADED_TEXT_TOKENS_PER_CORE_SECOND,
     LOADED_TOKENS_PER_CORE_SECOND,
     PREPARED_BYTES_PER_CORE_SECOND,
     data_part,
@@ -82,9 +84,12 @@ def test_passes_are_those_of_the_run_s_order(shards: Path, data: dict[str, Any])
 
 def test_packing_is_that_of_the_run(shards: Path) -> None:
     settings = settings_of(shards)
-    part, packed = plan(settings), measure_packing(ShardStore(shards, "train"), settings.data)
+    store = ShardStore(shards, "train")
+    part, packed = plan(settings), measure_packing(store, settings.data)
     assert part.numbers["filled_share"] == pytest.approx(packed.filled, abs=0.01)
-    assert 0 < part.numbers["whole_share"] < 1
+    lengths = [store.lengths(name, shard) for name in store.sources for shard in range(store.num_shards(name))]
+    positions = np.concatenate(lengths).astype(int) - 1
+    assert part.numbers["whole_share"] == positions[positions <= 48].sum() / positions.sum()
 
 
 def test_the_end_of_the_data_is_the_step_where_the_order_ends(shards: Path) -> None:
@@ -114,6 +119,15 @@ def test_a_node_loads_its_part(shards: Path) -> None:
     assert numbers["node_loading_bytes_per_second"] == pytest.approx(1e6 / 2 * filled * stored)
     assert numbers["loading_bytes_per_second"] == pytest.approx(1e6 * filled * stored)
     assert numbers["node_loading_cores"] == pytest.approx(5e5 * filled / LOADED_TOKENS_PER_CORE_SECOND)
+
+
+def test_shards_of_text_cost_cores(tmp_path: Path) -> None:
+    data = {"directory": str(tmp_path / "none"), "sequence_length": 4096}
+    table = {"data": data, "prepare": {"content": "text"}, "training": {"global_batch_size": 512}}
+    part = plan(Settings.model_validate(table))
+    assert part.numbers["node_loading_cores"] == 512 * 4096 / 2 / LOADED_TEXT_TOKENS_PER_CORE_SECOND
+    [row] = [row for row in part.rows if row.name == "loading, a node"]
+    assert "69.9% of a core (tokenized while loading" in row.note
 
 
 def test_before_data_exist_the_files_and_the_budget_speak(tmp_path: Path) -> None:
@@ -149,6 +163,8 @@ def test_a_document_of_two_sides_is_counted_once() -> None:
 def test_the_speeds_are_those_of_the_benchmarks() -> None:
     stream = json.loads((REPOSITORY / "benchmarks/stream_speed.json").read_text())
     assert pytest.approx(stream["tokens_per_core_second"]["ours"], rel=0.05) == LOADED_TOKENS_PER_CORE_SECOND
+    text = json.loads((REPOSITORY / "benchmarks/stream_text.json").read_text())["text, 1 worker(s)"]
+    assert pytest.approx(text["tokens_per_core_second"], rel=0.05) == LOADED_TEXT_TOKENS_PER_CORE_SECOND
     prepare = json.loads((REPOSITORY / "benchmarks/prepare.json").read_text())
     speed = prepare["bytes"] / prepare["median_seconds"]["prepare"]["cpu"]
     assert pytest.approx(speed, rel=0.05) == PREPARED_BYTES_PER_CORE_SECOND
