@@ -94,8 +94,8 @@ def step_demand(context: "Context", packs: int = 0, of_pack: PackWork | None = N
 
 def ramp_of(training: TrainingSettings) -> list[tuple[int, int]]:
     """(steps, packed sequences of a step over all ranks), in order; without a ramp one pair."""
-    ramp = [(1, training.global_batch_size), *training.batch_ramp, (training.steps + 1, 0)]
-    pairs = [(min(after, training.steps + 1) - first, packs) for (first, packs), (after, _) in itertools.pairwise(ramp)]
+    ramp = [(0, training.global_batch_size), *training.batch_ramp, (training.steps, 0)]  # steps counted from 0
+    pairs = [(min(after, training.steps) - first, packs) for (first, packs), (after, _) in itertools.pairwise(ramp)]
     return [(steps, packs) for steps, packs in pairs if steps > 0]
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bigmodel.config.settings import Settings, TrainingSettings, positions_before
+from bigmodel.config.settings import Settings, positions_before
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.planning.context import Context
 from bigmodel.planning.fit import fit_of
 from bigmodel.planning.hardware import hardware_of
 from bigmodel.planning.memory import GIB, memory_of
 from bigmodel.planning.parameters import parameters_of
+from bigmodel.planning.step_demand import ramp_of
 from tests.support.tiny_run import write_run
 from tools.write_arithmetic import arithmetic, cluster_of, context_of_file, pages, run_files, with_arithmetic
 
@@ -98,7 +99,7 @@ def test_it_fits_the_gpus_of_its_cluster_and_keeps_all_of_them_busy(contexts: di
     limit = hardware_of(cluster.hardware, cluster.nodes, cluster.gpus_per_node).memory_gib * GIB
     assert fit_of(context, int(limit)).fits
     assert not memory_of(context).host
-    assert all(packs % context.ranks == 0 for packs in (training.global_batch_size, *ramp_of(training)))
+    assert all(packs % context.ranks == 0 for _, packs in ramp_of(training))
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name.startswith("t5")])
@@ -108,8 +109,13 @@ def test_a_text_of_t5_has_512_source_tokens(contexts: dict[str, Context], name: 
     assert examples.measure(np.array([0]), np.array([568]), np.array([1]))[0, 1:].tolist() == [115, 115, 512]
 
 
-def ramp_of(training: TrainingSettings) -> list[int]:
-    return [packs for _, packs in training.batch_ramp]
+@pytest.mark.parametrize("name", ["8b", "encoder-150m", "125m"])
+def test_the_plan_counts_a_batch_ramp_as_the_run_does(contexts: dict[str, Context], name: str) -> None:
+    settings = contexts[name].settings
+    pairs = ramp_of(settings.training)
+    assert sum(steps for steps, _ in pairs) == settings.training.steps
+    tokens = sum(steps * packs for steps, packs in pairs) * settings.data.sequence_length
+    assert tokens == positions_before(settings.training.steps, settings)
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -184,7 +184,7 @@ def test_ulysses_exchanges_heads() -> None:
 
 
 def test_the_run_has_its_ramp() -> None:
-    ramped = with_settings(context(), batch_ramp=[(51, 32)])
+    ramped = with_settings(context(), batch_ramp=[(50, 32)])  # steps are counted from 0
     assert ramp_of(ramped.settings.training) == [(50, 16), (50, 32)]
     assert ramp_of(with_settings(ramped, steps=50).settings.training) == [(50, 16)]
     assert ramp_of(context().settings.training) == [(100, 16)]
