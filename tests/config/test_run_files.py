@@ -13,10 +13,9 @@ import pytest
 from bigmodel.config.settings import Settings, positions_before
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.planning.context import Context
-from bigmodel.planning.fit import fit_of
-from bigmodel.planning.hardware import hardware_of
-from bigmodel.planning.memory import GIB, memory_of
+from bigmodel.planning.memory import memory_of
 from bigmodel.planning.parameters import parameters_of
+from bigmodel.planning.plan_command import planned_of
 from bigmodel.planning.step_demand import ramp_of
 from tests.support.tiny_run import write_run
 from tools.write_arithmetic import arithmetic, cluster_of, context_of_file, pages, run_files, with_arithmetic
@@ -96,9 +95,11 @@ def test_it_fits_the_gpus_of_its_cluster_and_keeps_all_of_them_busy(contexts: di
     gpu, _, gpus = cluster_of((REPOSITORY / "configs/models" / f"{name}.toml").read_text()).stem.partition("-")
     assert cluster.hardware.gpu.startswith(gpu.upper())
     assert context.ranks == int(gpus) == cluster.nodes * cluster.gpus_per_node
-    limit = hardware_of(cluster.hardware, cluster.nodes, cluster.gpus_per_node).memory_gib * GIB
-    assert fit_of(context, int(limit)).fits
+    planned = planned_of(context, None)
+    assert planned.fit.fits
     assert not memory_of(context).host
+    assert 0.01 < planned.step.run_seconds / 86400 < 90, "days"
+    assert planned.parts["data"].numbers["read_tokens"] >= positions_before(training.steps, context.settings)
     assert all(packs % context.ranks == 0 for _, packs in ramp_of(training))
 
 
