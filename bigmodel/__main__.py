@@ -245,6 +245,9 @@ def plan(
     measured: Annotated[
         list[Path], typer.Option(help="run directory to calibrate the times with; repeatable", metavar="RUN")
     ] = [],  # noqa: B006
+    law: Annotated[
+        Path | None, typer.Option(help="sweep.json of `bigmodel sweep`: its law predicts the loss", metavar="FILE")
+    ] = None,
 ) -> None:
     """Plan memory, time, failures, cost and data of a run. Needs neither data nor a GPU.
 
@@ -255,7 +258,7 @@ def plan(
     from bigmodel.planning.plan_command import plan as run
 
     context = context_of(load_settings(run_file, override), cluster_of(cluster, ranks), vocabulary)
-    if not run(context, measured, Output(as_json, png, search)):
+    if not run(context, measured, law, Output(as_json, png, search)):
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -24,7 +24,7 @@ from bigmodel.planning.part import Part
 from bigmodel.planning.plan_picture import draw_plan
 from bigmodel.planning.plan_table import found_table, parts_table
 from bigmodel.planning.reliability import reliability_part
-from bigmodel.planning.scaling import scaling_part
+from bigmodel.planning.scaling import Law, read_law, scaling_part
 from bigmodel.planning.show_memory import console
 from bigmodel.planning.state_memory import Plan
 from bigmodel.planning.step_time import Rates, StepTime, step_time, time_part
@@ -53,21 +53,23 @@ class Output(NamedTuple):
     search: bool = False
 
 
-def plan(context: Context, measured: Sequence[Path], output: Output) -> bool:
-    """Print the plan. Returns whether the run fits. Raises `UserError`."""
-    planned = planned_of(context, calibrated(measured, context.cluster) if measured else None, output.search)
+def plan(context: Context, measured: Sequence[Path], law: Path | None, output: Output) -> bool:
+    """Print the plan. `measured`: runs to calibrate the times with; `law`: result of a sweep. Returns whether the run
+    fits. Raises `UserError`."""
+    rates = calibrated(measured, context.cluster) if measured else None
+    planned = planned_of(context, rates, read_law(law) if law else None, output.search)
+    if output.png:  # first: a reader may close the pipe
+        draw_plan(output.png, planned.by_stage, planned.fit.limit, planned.step, planned.parts)
     if output.as_json:
         print(json.dumps(numbers_of(planned), indent=2))
     else:
-        print_plan(planned, output.search)
-    if output.png:
-        draw_plan(output.png, planned.by_stage, planned.fit.limit, planned.step, planned.parts)
-        if not output.as_json:
-            console().print(f"picture: {output.png}", soft_wrap=True)
+        print_plan(planned, output)
     return planned.fit.fits is not False
 
 
-def planned_of(context: Context, rates: Rates | None, is_searched: bool = False) -> Planned:
+def planned_of(
+    context: Context, rates: Rates | None = None, law: Law | None = None, is_searched: bool = False
+) -> Planned:
     step = step_time(context, rates)
     limit = int(step.hardware.memory_gib * GIB)
     reliability = reliability_part(context, step)
@@ -77,14 +79,14 @@ def planned_of(context: Context, rates: Rates | None, is_searched: bool = False)
         "reliability": reliability,
         "cost": cost_part(context, step, reliability),
         "data": data_part(context, step),
-        "scaling": scaling_part(context),
+        "scaling": scaling_part(context, law),
     }
     found = search(context, limit, lambda one: step_time(one, rates)) if is_searched else []
     by_stage = {stage: memory_of(one) for stage, one in stages_of(context).items()}
     return Planned(context, fit_of(context, limit), step, by_stage, parts, found)
 
 
-def print_plan(planned: Planned, is_searched: bool) -> None:
+def print_plan(planned: Planned, output: Output) -> None:
     context, out, own = planned.context, console(), choice_of(planned.context)
     assumed = "" if context.cluster.hardware.gpu else ", assumed: [hardware] gpu is not set"
     out.print(planned.fit.words(own, planned.step.hardware.name + assumed), soft_wrap=True)
@@ -95,8 +97,10 @@ def print_plan(planned: Planned, is_searched: bool) -> None:
         number = min(SHOWN, len(planned.found))
         out.print(f"The fastest {number} of {len(planned.found)} settings that fit; days without failures:")
         out.print(found_table(planned.found[:number], own, planned.fit.limit))
-    elif is_searched:
+    elif output.search:
         out.print("No settings fit; more GPUs, a smaller model or shorter packed sequences would help.")
+    if output.png:
+        out.print(f"picture: {output.png}", soft_wrap=True)
 
 
 def numbers_of(planned: Planned) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from bigmodel.pictures import MEMORY
 from bigmodel.planning.context import context_of
 from bigmodel.planning.memory import memory_of
 from bigmodel.planning.plan_command import cluster_of
+from bigmodel.planning.scaling import Law, Term
 from tests.support.tiny_run import write_run
 from tools import write_plan_examples
 
@@ -110,6 +111,14 @@ def test_prepared_data_are_read_and_a_run_without_a_cluster_file_is_of_8_gpus(
     assert found["run"]["ranks"] == 8
     assert found["run"]["vocabulary"] == manifest["vocabulary"]
     assert numbers(capsys, str(run_file), "--ranks", "16")["run"]["nodes"] == 2
+
+
+def test_the_law_of_a_sweep_predicts_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sweep.json"
+    law = Law(1.5, (Term("compute", 100.0, 0.1),))
+    path.write_text(json.dumps({"law": law.as_table()}))
+    scaling = numbers(capsys, EIGHT_BILLION, "--ranks", "64", "--law", str(path))["scaling"]
+    assert scaling["predicted_loss_nats"] == law.loss(scaling["parameters"], scaling["tokens"])
 
 
 def test_bad_input_is_refused_with_the_file_and_a_remedy(cluster: str, tmp_path: Path) -> None:
