@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bigmodel.config.settings import Settings
-from bigmodel.pictures import figure
+from bigmodel.pictures import figure, title
 from bigmodel.planning.changes import choice_of
 from bigmodel.planning.context import cluster_of_ranks, context_of
 from bigmodel.planning.fit import fit_of
@@ -29,7 +29,9 @@ def show_memory(settings: Settings, ranks: int, device_gib: float, png: Path | N
     out.print(memory_table(by_stage, limit))
     if png:
         drawn = figure(9, 4.2)
-        draw_memory(drawn.subplots(), by_stage, limit)
+        axes = drawn.subplots()
+        title(axes, "Memory of a GPU by ZeRO stage")
+        draw_memory(axes, by_stage, limit)
         drawn.legend(frameon=False, ncols=4, loc="outside lower center", fontsize=9)
         drawn.savefig(png)
         out.print(f"picture: {png}", soft_wrap=True)

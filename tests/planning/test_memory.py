@@ -122,6 +122,7 @@ def test_the_table_and_the_picture_compare_the_stages(tmp_path: Path, capsys: py
     for words in ("(yours)", "off the device", "activations", "fits: ", "framework", "8 ranks"):
         assert words in printed, words
     picture = (255 * imread(tmp_path / "memory.png")[..., :3]).astype(int)
+    assert (picture[:50, :700].max(-1) < 80).sum() > 500, "no title"
     for colour in MEMORY["weights"], MEMORY["moments"], MEMORY["activations"]:
         wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
         assert (np.abs(picture - wanted).max(-1) < 3).sum() > 500
