@@ -57,6 +57,7 @@ CORRECTNESS: tuple[str, ...] = (
     *PYTEST,
     *("tests/gpu/test_linear_cross_entropy_on_gpu.py", "tests/gpu/test_attention_on_gpu.py"),
     *("tests/gpu/test_recurrent_on_gpu.py", "tests/gpu/test_linear_distillation_on_gpu.py"),
+    "tests/gpu/test_experts_on_gpu.py",
 )
 HOPPER = (*PYTEST, "tests/gpu/test_attention_hopper_on_gpu.py")
 
