@@ -42,6 +42,7 @@ TITLES = {
     "ema": "average of weights",
     "groups": "parameter groups",
     "tied": "tied embeddings",
+    "experts": "experts",
     "persistence": "small weights kept whole",
     "hpz": "hpZ partition size",
     "sharing": "Ulysses: ranks that share a pack",

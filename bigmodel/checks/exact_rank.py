@@ -24,6 +24,7 @@ from bigmodel.data.plan.sharing import Place
 from bigmodel.distributed.world import World, end_world, start_world
 from bigmodel.run_directory import append_json_line, write_json
 from bigmodel.training.exact_start import write_exactly
+from bigmodel.training.expert_balance import ExpertBalance
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.zero.engine import Engine, forget_groups
 
@@ -122,7 +123,7 @@ class _Comparison:
         gc.collect()  # the engine before
         forget_groups()
         model, exact = new_start(self._settings, effective, self._world)
-        engine = Engine(model, self._settings, effective, self._world)
+        engine, self._experts = Engine(model, self._settings, effective, self._world), ExpertBalance(model)
         if exact and self._settings.training.precision != "fp32":
             write_exactly(engine, self._settings)
         return engine
@@ -142,12 +143,14 @@ class _Comparison:
                 if not math.isfinite(norm):
                     return
                 engine.update(rate, betas=momenta)
+                self._experts.move(self._world.sum_(self._experts.take()), step.weight, skip=False)
                 if self._world.rank == 0:
                     append_json_line(self._folder / "progress.jsonl", {"step": step.number + 1})
 
     def _gradient(self, engine: Engine, step: Step) -> tuple[float, float]:
         """Loss and gradient norm."""
         nats, last = 0.0, len(step.micro_batches)
+        self._experts.begin()
         for number, batch in enumerate(step.micro_batches, start=1):
             nats += float(engine.micro_batch(batch.to(self._world.device), step.weight, number == last).sum())
         return self._world.sum_([nats])[0] / step.weight, engine.gradient_norm()

@@ -41,6 +41,8 @@ def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     batch = Builder(store, settings.data, settings.run.seed, seeds_by_document=by_document).build([pack], 0, [0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if settings.model.experts:
+        return [*isolation(model.double(), batch), *packed_equals_single(model, batch)]
     return [
         *isolation(model.to(device, precision), batch.to(device)),
         *packed_equals_single(model.cpu().double(), batch),
@@ -75,7 +77,11 @@ def documents(batch: Batch) -> list[Place]:
 def isolation(model: Transformer, batch: Batch) -> list[Finding]:
     """Edit the first of two documents: losses and gradients of the second must not change, and its loss must have no
     gradient at the first. Then with the roles exchanged. The source side, if any, is edited too.
+
+    With experts in float64, within rounding: another number of rows moves the rows of an expert's product, and so the
+    order of its sums.
     """
+    same = "equal in float64" if model.settings.experts else "bitwise equal"
     first, second = documents(batch)[:2]
     ways = [_edit(model, batch, *way) for way in ((first, second), (second, first))]
     moved = min(way.moved for way in ways)
@@ -83,12 +89,12 @@ def isolation(model: Transformer, batch: Batch) -> list[Finding]:
     return [
         Finding("an edit changes the losses of the edited document", moved > 0, f"by up to {moved:.3g} nats"),
         Finding(
-            "editing one document leaves every other document's losses bitwise equal",
+            f"editing one document leaves every other document's losses {same}",
             all(way.same_losses for way in ways),
             f"{sum(way.num_others for way in ways)} tokens",
         ),
         Finding(
-            "editing one document leaves all parameter gradients of another one's loss bitwise equal",
+            f"editing one document leaves all parameter gradients of another one's loss {same}",
             all(way.same_gradients for way in ways),
             f"{sum(1 for _ in model.parameters())} tensors",
         ),
@@ -115,17 +121,25 @@ def _edit(model: Transformer, batch: Batch, edited: Place, other: Place) -> _Edi
     before, after = (_losses_and_gradients(model, one, other) for one in (batch, _edited(model, batch, edited)))
     others_T = torch.ones(len(batch.tokens), dtype=torch.bool, device=batch.tokens.device)
     others_T[edited.targets] = False
-    same_gradients = all(torch.equal(a, b) for a, b in zip(before.parameters, after.parameters, strict=True))
+    same = _same_within_rounding if model.settings.experts else _same_bits
     sides = list(zip(before.inputs, edited[1:], other[1:], strict=False))
     own = [gradient[its] for gradient, _, its in sides if its.start < its.stop]  # empty without a source
     return _Edit(
         moved=float((before.losses[edited.targets] - after.losses[edited.targets]).abs().max()),
         num_others=int(others_T.sum()),
-        same_losses=torch.equal(before.losses[others_T], after.losses[others_T]),
-        same_gradients=same_gradients and any(bool(gradient.any()) for gradient in before.parameters),
+        same_losses=same([before.losses[others_T]], [after.losses[others_T]]),
+        same_gradients=same(before.parameters, after.parameters) and any(bool(one.any()) for one in before.parameters),
         reached=sum(float(gradient[its].abs().sum()) for gradient, its, _ in sides),
         reached_itself=all(bool(gradient.any()) for gradient in own),
     )
+
+
+def _same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def _same_within_rounding(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return _difference(found, expected) < SAME
 
 
 def _edited(model: Transformer, batch: Batch, place: Place) -> Batch:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bigmodel.config.settings import OptimizerSettings, Settings
+from bigmodel.model.experts import balance, mixtures
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.optimizers.groups import build_optimizer, parameter_groups, states_of
@@ -50,6 +51,7 @@ class PlainTraining:
     def accumulate(self, batches: Iterable[Any], weight: float) -> float:
         """Forward and backward of a step's micro-batches; gives its mean loss. weight: of the labels of the step."""
         nats = 0.0
+        self._model.loads_LE = 0.0
         for _, master, _ in self._pairs:
             master.grad = None
         for batch in batches:
@@ -78,6 +80,8 @@ class PlainTraining:
             group["lr"] = learning_rate(step, self._settings) * group["rate_factor"]
             group["betas"] = betas(step, self._settings) or group.get("betas")
         self._optimizer.step()
+        if mixtures(self._masters):
+            balance(self._masters, self._model.loads_LE)
         self._model.load_state_dict(self._masters.state_dict())
         for name, average in self._averages.items():
             average.lerp_(self._masters.get_parameter(name).detach(), 1.0 - self._settings.training.ema_decay)

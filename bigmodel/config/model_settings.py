@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, PrivateAttr, ValidationInfo, create_model, model_validator
 
 from bigmodel.config.classification_settings import ClassificationSettings
+from bigmodel.config.expert_settings import ExpertSettings, problem_of_experts
 from bigmodel.config.recurrent_settings import CELLS, PEEPHOLE_KINDS, RECURRENT, WITH_SOURCE, problem_of_recurrent
 from bigmodel.config.sections import SAVED, SET, Section, setting
 
@@ -207,6 +208,9 @@ class ModelSettings(WithFrom):
     )
     gated: bool = Field(True, description="gated feed-forward (Shazeer 2020); false: two matrices (T5 1.0, BERT)")
     feed_forward_bias: bool = Field(False, description="biases in the feed-forward layer (BERT)")
+    experts: ExpertSettings | None = Field(
+        None, description="mixture of experts in place of the feed-forward layer; absent: none"
+    )
     norm: Literal["rms", "layer"] = Field("rms", description="RMSNorm, or LayerNorm (BERT)")
     norm_bias: bool = setting(True, only_with={"norm": "layer"}, description="biases in LayerNorm (ModernBERT: false)")
     norm_placement: Literal["pre", "output", "sandwich", "post"] = Field(
@@ -385,6 +389,17 @@ class ModelSettings(WithFrom):
         return self.logit_scale if self.classification else self.logit_scale / self.width_ratio
 
     @property
+    def expert_width(self) -> int:
+        """Intermediate size of one expert."""
+        return (self.experts and self.experts.width) or self.intermediate_size
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers with experts, multi-token prediction modules included."""
+        layers = self.num_layers + self.num_mtp_modules
+        return layers - self.experts.first_dense_layers if self.experts else 0
+
+    @property
     def rotary_channels(self) -> int:
         """Rotated channels of a head."""
         return int(self.resolved_head_dim * self.rotary_fraction)
@@ -434,6 +449,12 @@ class ModelSettings(WithFrom):
                 f"model.relative_buckets = {buckets} must be a multiple of 4 and below twice "
                 f"model.relative_distance = {self.relative_distance}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self, info: ValidationInfo) -> "ModelSettings":
+        if info.context != SAVED and (problem := problem_of_experts(self)):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

@@ -25,6 +25,8 @@ from bigmodel.config.data_settings import PrepareSettings as PrepareSettings
 from bigmodel.config.data_settings import SourceSettings as SourceSettings
 from bigmodel.config.distillation_settings import DistillationSettings as DistillationSettings
 from bigmodel.config.distillation_settings import problem_of_distillation
+from bigmodel.config.expert_settings import ExpertSettings as ExpertSettings
+from bigmodel.config.expert_settings import problem_beside_experts
 from bigmodel.config.lora_settings import LoraSettings as LoraSettings
 from bigmodel.config.measures import MEASURES
 from bigmodel.config.model_settings import ModelSettings as ModelSettings
@@ -432,6 +434,12 @@ class Settings(Section):
     @model_validator(mode="after")
     def _sections_suit_recurrent_layers(self) -> "Settings":
         if self.model.is_recurrent and (problem := problem_beside_recurrent(self)):
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _sections_suit_experts(self) -> "Settings":
+        if problem := problem_beside_experts(self):
             raise ValueError(problem)
         return self
 

@@ -152,6 +152,8 @@ class CachedModel:
 class _Recording:
     """Attention inputs of prompts whose keys and values also go into the cache, from slot `first` on."""
 
+    routing = None
+
     def __init__(self, inner: AttentionInputs, store: Store, layer: int, first: int, lengths: list[int]) -> None:
         self._inner, self._store, self._layer, self._first, self._lengths = inner, store, layer, first, lengths
         self.table, self.source_table, self.rows = inner.table, inner.source_table, inner.rows
@@ -166,6 +168,8 @@ class _Recording:
 
 class _Cached:
     """Attention inputs of one token of each sequence. Without `places` no keys are added."""
+
+    routing = None
 
     def __init__(
         self, store: Store, layer: int, seen: Span, table: Table | None = None, places: Tensor | None = None

@@ -84,6 +84,7 @@ class Weights(NamedTuple):
     of_position: int  # per token of the decoder, or of the only side
     of_source: int  # per source token: the encoder, and the decoder's key and value matrices of the source
     of_heads: int  # the part of `of_position` in output matrices
+    of_experts: int = 0  # the part of `of_position` that padding does not pass: a token's chosen experts
 
 
 def matrix_weights(settings: ModelSettings, vocabulary: int) -> Weights:
@@ -98,6 +99,12 @@ def matrix_weights(settings: ModelSettings, vocabulary: int) -> Weights:
     of_position = layers * _block_weights(settings) + of_heads
     if settings.is_recurrent:
         return recurrent_weights(settings, of_heads)
+    if settings.experts:
+        experts, one = settings.experts, 3 * width * settings.expert_width
+        of_experts = settings.num_expert_layers * experts.per_token * one
+        beside = experts.shared * one + experts.count * width - 3 * width * settings.intermediate_size
+        of_position += of_experts + settings.num_expert_layers * beside
+        return Weights(of_position, 0, of_heads, of_experts)
     if settings.kind != "encoder_decoder":
         return Weights(of_position, 0, of_heads)
     encoder = settings.encoder
@@ -138,7 +145,7 @@ def flops(
     """
     weights, (pack, source_pack) = matrix_weights(settings, vocabulary), sizes
     linear = 2 * (weights.of_position * work.positions + weights.of_source * work.source_positions)
-    empty = 2 * (weights.of_position * padding[0] + weights.of_source * padding[1])
+    empty = 2 * ((weights.of_position - weights.of_experts) * padding[0] + weights.of_source * padding[1])
     visible = attention_flops(settings, work.pairs, work.source_pairs, work.cross_pairs)
     positions, sources, layers = work.positions, work.source_positions, settings.num_layers + settings.num_mtp_modules
     of_sources = settings.encoder.num_layers * sources * source_pack
@@ -156,7 +163,11 @@ def _last_products(settings: ModelSettings, positions: int, sources: int) -> int
     recomputation ends before it."""
     if settings.is_recurrent or settings.norm_placement != "pre" or settings.dropout or settings.stochastic_depth:
         return 0
-    found = 2 * positions * (settings.num_layers + settings.num_mtp_modules) * _down_weights(settings)
+    layers = settings.num_layers + settings.num_mtp_modules - settings.num_expert_layers
+    found = 2 * positions * layers * _down_weights(settings)
+    if settings.experts:  # the experts' outputs are read: by the gradients of their weights
+        of_shared = settings.experts.shared * settings.expert_width * settings.hidden_size
+        found += 2 * positions * settings.num_expert_layers * of_shared
     if settings.kind == "encoder_decoder":
         found += 2 * sources * settings.encoder.num_layers * _down_weights(settings.encoder)
     return found
@@ -205,7 +216,7 @@ def forward_flops(
     are scaled by the numbers of layers, as if the windows were the same."""
     weights, layers = matrix_weights(settings, vocabulary), settings.num_layers / counted.num_layers
     sources = settings.encoder.num_layers / counted.encoder.num_layers
-    linear = weights.of_position * (work.positions + padding[0])
+    linear = weights.of_position * (work.positions + padding[0]) - weights.of_experts * padding[0]
     linear += weights.of_source * (work.source_positions + padding[1])
     pairs = round(work.pairs * layers), round(work.source_pairs * sources), round(work.cross_pairs * layers)
     return 2 * linear + attention_flops(settings, *pairs)

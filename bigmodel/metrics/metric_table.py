@@ -89,6 +89,15 @@ RUN = (
         "sampled_input_ratio", "gauge", "Share of the last step's decoder inputs that were replaced by the model's own "
         "predictions, as scheduled",
     ),
+    Metric(
+        "expert_load_ratio", "gauge", "Largest load of an expert in the last step over the mean load of its layer, in "
+        "the most uneven layer; 1 is even",
+    ),
+    Metric(
+        "expert_load_entropy_ratio", "gauge", "Entropy of the loads of experts in the last step over that of even "
+        "loads, in the layer where it is lowest; 1 is even, 0 is one expert for all tokens",
+    ),
+    Metric("router_z", "gauge", "Mean of the routers' logsumexp(logits)^2 over the last step's targets and layers"),
     Metric("gradient_norm", "gauge", "Global gradient norm of the last step, before clipping"),
     Metric(
         "largest_attention_score", "gauge", "Largest attention score of the last step over all layers, heads and "

@@ -65,6 +65,14 @@ class Flops(NamedTuple):
     hardware: float  # operations computed
 
 
+class ExpertLoads(NamedTuple):
+    """Of a step's tokens, over all ranks, without padding. Tuples: by layer with experts, from the first."""
+
+    largest: tuple[float, ...]  # the largest load of an expert, divided by the mean load: 1 is even
+    entropy: tuple[float, ...]  # of the loads, divided by that of even loads: 1 is even, 0 all to one expert
+    router_z: float  # mean of logsumexp(logits)^2 over labels and layers
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """One optimizer step, over all ranks. Counts are of this step only."""
@@ -102,6 +110,7 @@ class StepRecord:
     largest_attention_score: float | None = None  # over layers, heads and documents, before bias and cap
     clipped_heads: int | None = None  # query heads whose scores optimizer.qk_clip limits in this step
     sampled_share: float | None = None  # of decoder inputs that scheduled sampling replaces
+    expert_loads: ExpertLoads | None = None  # of a model with experts
     device_joules: float | None = None  # of all GPUs since the step before; None: not all have a counter
     host_joules: float | None = None  # the same of all nodes' processors
 
@@ -203,6 +212,7 @@ class Metrics:
         self._rank.add_step(record, phases)
         line = {**asdict(record), "lap": record.step_seconds}
         line["flops"] = record.flops._asdict() if record.flops else None
+        line["expert_loads"] = record.expert_loads._asdict() if record.expert_loads else None
         line["phases"] = {name: round(seconds, 6) for name, seconds in phases.items()}
         line["memory"] = self._rank.memory() if self.writes else {}
         self._tell("step", line)

@@ -353,24 +353,39 @@ def _of_start(line: Mapping[str, Any]) -> Samples:
     return {name: [[[], line[name]]] for name in names if line.get(name)}  # earlier versions: no planned_steps
 
 
+def of_experts(line: Mapping[str, Any]) -> dict[str, float]:
+    """The most uneven layer of a step's line; empty for a model without experts."""
+    if not (loads := line.get("expert_loads")):  # absent in lines of earlier versions
+        return {}
+    return {
+        "expert_load_ratio": max(loads["largest"]),
+        "expert_load_entropy_ratio": min(loads["entropy"]),
+        "router_z": loads["router_z"],
+    }
+
+
 def _of_step(line: Mapping[str, Any]) -> Samples:
     named = ("gradient_norm", "learning_rate", "z_loss", "loss_scale", "slowest_rank", "slowest_rank_lag_seconds")
-    gauges = {name: line[name] for name in named} | {
-        "distillation_loss_nats": line.get("distillation_loss"),  # absent in lines of earlier versions
-        "largest_attention_score": line.get("largest_attention_score"),  # absent in lines of earlier versions
-        "pruned_ratio": line.get("pruned_share"),
-        "sampled_input_ratio": line.get("sampled_share"),  # absent in lines of earlier versions
-        "energy_joules_per_token": joules_per_token(line),
-        "training_loss_nats": line["loss"],
-        "training_unweighted_loss_nats": line.get("unweighted_loss"),  # absent in lines of earlier versions
-        "last_step_timestamp_seconds": line["time"],
-        "tokens_per_second": line["positions"] / line["step_seconds"] if line["step_seconds"] else None,
-        "packing_efficiency_ratio": line["positions"] / (line["positions"] + line["padding"]),
-        "attention_imbalance_ratio": line["imbalance"],
-        "attention_imbalance_undealt_ratio": line["imbalance_undealt"],
-        "data_fetched_bytes": line["fetched_bytes"],
-        "data_fetch_failures": line["fetch_failures"],
-    }
+    gauges = (
+        {name: line[name] for name in named}
+        | of_experts(line)
+        | {
+            "distillation_loss_nats": line.get("distillation_loss"),  # absent in lines of earlier versions
+            "largest_attention_score": line.get("largest_attention_score"),  # absent in lines of earlier versions
+            "pruned_ratio": line.get("pruned_share"),
+            "sampled_input_ratio": line.get("sampled_share"),  # absent in lines of earlier versions
+            "energy_joules_per_token": joules_per_token(line),
+            "training_loss_nats": line["loss"],
+            "training_unweighted_loss_nats": line.get("unweighted_loss"),  # absent in lines of earlier versions
+            "last_step_timestamp_seconds": line["time"],
+            "tokens_per_second": line["positions"] / line["step_seconds"] if line["step_seconds"] else None,
+            "packing_efficiency_ratio": line["positions"] / (line["positions"] + line["padding"]),
+            "attention_imbalance_ratio": line["imbalance"],
+            "attention_imbalance_undealt_ratio": line["imbalance_undealt"],
+            "data_fetched_bytes": line["fetched_bytes"],
+            "data_fetch_failures": line["fetch_failures"],
+        }
+    )
     samples: Samples = {name: [[[], value]] for name, value in gauges.items() if value is not None}
     if line["parts"]:
         samples["source_training_loss_nats"] = _losses(line["parts"])

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bigmodel.config.settings import MetricsSettings
+from bigmodel.metrics.run_accounting import of_experts
 from bigmodel.run_directory import record_event, write_atomically
 
 
@@ -235,7 +236,7 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             *("unweighted_loss", "distillation_loss", "pruned_share", "sampled_share"),
             *("largest_attention_score", "device_joules", "host_joules"),
         )
-        found = {name: line.get(name) for name in (*names, *more)}
+        found = {name: line.get(name) for name in (*names, *more)} | of_experts(line)
         yield from ((f"training/{name}", value) for name, value in found.items() if value is not None)
         yield "training/tokens_per_second", line["positions"] / line["step_seconds"]
         yield from (

@@ -10,6 +10,12 @@ import torch
 from torch import nn
 
 from bigmodel.config.settings import ModelSettings
+from bigmodel.model.experts import Router
+
+TO_RESIDUAL_STREAM = (
+    "attention.output.weight", "feed_forward.down.weight", "feed_forward.experts.down",
+    "feed_forward.shared.down.weight",
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -24,7 +30,8 @@ def init_weights(
     | embeddings, with sinusoidal          | normal, deviation sqrt(1/hidden),   | Vaswani et al. 2017: of the   |
     | positions                            | which the input scales to 1         | sinusoids' size after scaling |
     | attention.output, feed_forward.down, | normal, deviation sqrt(1/inputs/A)  | GPT-2: the residual stream of |
-    | cross_attention.output               |                                     | A additions keeps its size    |
+    | cross_attention.output, experts.down,|                                     | A additions keeps its size    |
+    | feed_forward.shared.down             |                                     |                               |
     | other matrices                       | normal, deviation sqrt(1/inputs)    | LeCun et al. 1998             |
     | norms                                | 1; zero-centered: 0                 |                               |
     | biases, peepholes                    | 0                                   |                               |
@@ -42,6 +49,9 @@ def init_weights(
     Each parameter has its own random stream, keyed by seed and name: values depend on neither the order of creation nor
     the number of ranks.
     """
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.reset()  # DeepSpeed makes tensors of the precision of the forward pass
     for name, parameter in model.named_parameters():
         with whole(parameter) if whole else contextlib.nullcontext():
             _fill(name, parameter, seed, model.settings)
@@ -67,10 +77,10 @@ def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings
         deviation = 0.02
         if settings.position_embedding == "sinusoidal" and "embedding." in name:
             deviation = math.sqrt(1.0 / parameter.shape[1])
-    elif name.endswith(("attention.output.weight", "feed_forward.down.weight")):
-        deviation = math.sqrt(1.0 / parameter.shape[1] / additions)
+    elif name.endswith(TO_RESIDUAL_STREAM):
+        deviation = math.sqrt(1.0 / parameter.shape[-1] / additions)
     else:
-        deviation = math.sqrt(1.0 / parameter.shape[1])
+        deviation = math.sqrt(1.0 / parameter.shape[-1])
     parameter.copy_(torch.randn(parameter.shape, generator=generator_of(seed, name)) * deviation)
     if settings.attention_scale and name.endswith(("attention.query_key_value.weight", "cross_attention.query.weight")):
         parameter[: side.num_heads * side.resolved_head_dim] /= settings.attention_scale * math.sqrt(

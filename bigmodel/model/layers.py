@@ -162,10 +162,11 @@ class Input(nn.Module):
 class FeedForward(nn.Module):
     """(act(x W_gate) * (x W_up)) W_down, gate and up as one product (Shazeer 2020); not gated: act(x W_up) W_down."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, inner: int = 0) -> None:
+        """inner 0: `model.intermediate_size`."""
         super().__init__()
         self.is_gated, self.activation = settings.gated, ACTIVATIONS[settings.activation]
-        width, inner, bias = settings.hidden_size, settings.intermediate_size, settings.feed_forward_bias
+        width, inner, bias = settings.hidden_size, inner or settings.intermediate_size, settings.feed_forward_bias
         if self.is_gated:
             self.gate_up = Linear(width, 2 * inner, bias, parts=(inner, inner))
         else:

@@ -21,7 +21,7 @@ heads, G key/value heads, K head_dim, F intermediate_size, V vocabulary. `x_TH` 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,6 +45,7 @@ from bigmodel.kernels.mask import AttentionMask
 from bigmodel.kernels.relative_bias import t5_bias
 from bigmodel.model.attention_masks import AttentionMasks, Masks, attention_masks
 from bigmodel.model.class_head import ClassHead
+from bigmodel.model.experts import MixtureOfExperts, Routing, has_experts
 from bigmodel.model.layers import FeedForward, Input, Linear, drop_documents, dropout, make_head_norm, make_norm
 from bigmodel.model.loss_groups import by_group
 from bigmodel.model.own_predictions import with_own_predictions
@@ -67,6 +68,7 @@ class AttentionInputs:
     rows: Tensor | None = None  # mixed: row numbers of the keys in source and decoder rows, last first (`mixed_rows`)
     dropout: AttentionDropout | None = None
     kernel: str = "triton"  # of `attention`
+    routing: Routing | None = None  # of layers with experts
 
     def attend(
         self,
@@ -253,7 +255,8 @@ class Block(nn.Module):
             self.cross_attention_norm = make_norm(settings.hidden_size, settings)
             self.cross_attention = CrossAttention(settings, layer)
         self.feed_forward_norm = make_norm(settings.hidden_size, settings)
-        self.feed_forward = FeedForward(settings)
+        self.has_experts = has_experts(settings, layer)
+        self.feed_forward = MixtureOfExperts(settings) if self.has_experts else FeedForward(settings)
         if self.placement == "sandwich":
             self.attention_output_norm = make_norm(settings.hidden_size, settings)
             self.feed_forward_output_norm = make_norm(settings.hidden_size, settings)
@@ -269,7 +272,8 @@ class Block(nn.Module):
         x_TH = self.add("attention", x_TH, seeds_T, (2, 0), inputs, *seen)
         if self.is_cross:
             x_TH = self.add("cross_attention", x_TH, seeds_T, (1, CROSS_SALT), source)
-        return self.add("feed_forward", x_TH, seeds_T, (2, 1))
+        routing = (inputs.routing,) if self.has_experts else ()
+        return self.add("feed_forward", x_TH, seeds_T, (2, 1), *routing)
 
     def add(self, name: str, x_TH: Tensor, seeds_T: Tensor, salt: tuple[int, int], *inputs: Any) -> Tensor:
         """x plus the sublayer's output. The norm is of the sublayer's input (pre), of its output (output), of both
@@ -456,7 +460,10 @@ class Transformer(nn.Module):
         self.extra_blocks = nn.ModuleList(Block(settings, layer) for layer in extra)
         self.norm = last_norm(settings)
         self.head = make_head(settings, self.embedding, Options(z_loss, label_smoothing, settings.logit_softcap))
-        self.z_sum: Tensor | float = 0.0  # over the micro-batches of a step; the caller resets it to 0
+        # Over the micro-batches of a step; the caller resets them to 0.
+        self.z_sum: Tensor | float = 0.0
+        self.loads_LE: Tensor | float = 0.0  # of layers with experts: see `bigmodel.model.experts.Recorded`
+        self.router_z_sum: Tensor | float = 0.0
 
     def forward(self, batch: Batch, output: Output = "loss_sum") -> Tensor:
         """loss_sum: () or (loss groups,); loss_per_position: (T,), 0 without a label; logits: (T, V), with a
@@ -498,7 +505,14 @@ class Transformer(nn.Module):
             )
             weight = self.settings.mtp_loss_weight / len(self.extra_blocks) / max(1, result.numel())
             result = result + weight * (extra - extra.detach())
-        return result
+        routing = next(iter(views.values())).routing
+        return self._balanced(result, routing) if routing is not None and routing.records else result
+
+    def _balanced(self, result: Tensor, routing: Routing) -> Tensor:
+        """With the gradient of the balance of experts; counts their loads."""
+        loads_LE, term, z_sum = routing.close()
+        self.loads_LE, self.router_z_sum = self.loads_LE + loads_LE, self.router_z_sum + z_sum
+        return result + (term - term.detach()) / max(1, result.numel())
 
     def hidden(self, x_TH: Tensor, batch: Batch, x_SE: Tensor | None = None) -> Tensor:
         """Embedded tokens (T, H) to the head's input (T, H)."""
@@ -513,6 +527,9 @@ class Transformer(nn.Module):
     def trunk(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch) -> tuple[Tensor, Views, EncoderOutput | None]:
         """Through all blocks: the states (T, H) before the last norm, the attention inputs, the encoder's output."""
         views, source = self.attention_inputs(x_SE, batch)
+        if self.settings.experts:
+            routing = Routing(batch, records=self.training and torch.is_grad_enabled())
+            views = {kind: replace(view, routing=routing) for kind, view in views.items()}
 
         def through(x_TH: Tensor) -> Tensor:
             for block in self.blocks:

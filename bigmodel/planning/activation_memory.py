@@ -8,7 +8,8 @@ largest counts:
     last block  the backward of its feed-forward; with activation checkpointing what is computed again is there too
 
 What a block holds is read off its code (`bigmodel.model`), tensor by tensor. Guarantee: within 5% of the tensors that
-the code makes, counted on torch's meta device (`bigmodel.inspect.memory.activation_bytes`), by a test.
+the code makes, with experts within 10%, counted on torch's meta device (`bigmodel.inspect.memory.activation_bytes`), by
+a test.
 
 `low` are the bytes of the run's precision, WIDE those of fp32.
 """
@@ -66,7 +67,8 @@ def activation_parts(settings: Settings, vocabulary: int, packs: int, teacher: T
     if model.is_recurrent:
         blocks = side.recurrent_blocks()
     else:
-        blocks = [side.block()] * (model.num_layers + model.num_mtp_modules)
+        sparse, layers = model.num_expert_layers, model.num_layers + model.num_mtp_modules
+        blocks = [side.block()] * (layers - sparse) + ([side.block(has_experts=True)] * sparse if sparse else [])
     stacks = [side.stack(blocks, kind)]
     source = _Side.of_source(settings, packs)
     if source and not model.is_recurrent:
@@ -140,15 +142,20 @@ class _Side:
     def inside(self) -> int:
         """Gradients in the feed-forward or of a norm after it; of a recurrent layer those of its gates and states."""
         inner = 2 * self.model.intermediate_size
+        if self.model.experts:  # the gradients of the chosen experts' rows, and of their inner states
+            inner = self.model.experts.per_token * (2 * self.model.expert_width + self.model.hidden_size)
         if self.model.is_recurrent:
             inner = {"rnn": 6, "gru": 15, "lstm": 14}[self.model.cell] * self.model.hidden_size
         in_products = self.low * self.tokens * inner + self.states()
+        if self.model.experts:  # outputs of experts times their weights: in fp32, and what of them is in flight
+            rows = self.tokens * self.model.experts.per_token * self.model.hidden_size
+            in_products = max(in_products, (2 * WIDE + self.low) * rows + self.states())
         ends_with_norm = self.model.norm_placement != "pre"
         return max(in_products, (self.norm_backward() - self.norm()) * ends_with_norm)
 
-    def block(self) -> Held:
+    def block(self, has_experts: bool = False) -> Held:
         model = self.model
-        held = self.attention() + self.feed_forward()
+        held = self.attention() + (self.experts() if has_experts else self.feed_forward(model.intermediate_size))
         sublayers = 2
         if model.kind == "encoder_decoder" and model.source_attention == "cross":
             held += self.cross_attention()
@@ -215,14 +222,29 @@ class _Side:
         width = copies * self.model.resolved_head_dim
         return sum(WIDE * tokens * (width * number + (number if is_each else 1)) for number in heads)
 
-    def feed_forward(self) -> Held:
+    def experts(self) -> Held:
+        """Rows of the chosen experts: input, gate and up, the activated gate, the product of both, output. The
+        router: its input, in low precision a copy in fp32, logits, scores and what the balance reads of them, and of
+        each pair of token and expert its number, its weight and its place. The shared experts."""
+        experts, model, width = self.model.experts, self.model, self.model.hidden_size
+        assert experts is not None
+        pairs, inner = self.tokens * experts.per_token, model.expert_width
+        products = self.low * pairs * (2 * inner + width)
+        logits = WIDE * self.tokens * experts.count
+        held = Held(self.low * pairs * (2 * width + 4 * inner), products + logits)
+        held += Held(WIDE * self.tokens * width + 3 * logits + pairs * (3 * 8 + 3 * WIDE), 0)
+        if experts.shared:
+            held += self.feed_forward(experts.shared * inner)
+        return held
+
+    def feed_forward(self, intermediate_size: int) -> Held:
         """Gate and up, the activated gate, the product of both; not gated: up and its activation, relu only the
         latter."""
         model, width = self.model, self.model.hidden_size
-        inner = self.low * self.tokens * model.intermediate_size
+        inner = self.low * self.tokens * intermediate_size
         first = "gate_up" if model.gated else "up"
-        held = self.product(f"feed_forward.{first}", width, (2 if model.gated else 1) * model.intermediate_size)
-        held += self.product("feed_forward.down", model.intermediate_size, width)
+        held = self.product(f"feed_forward.{first}", width, (2 if model.gated else 1) * intermediate_size)
+        held += self.product("feed_forward.down", intermediate_size, width)
         if model.gated:
             return held + Held(3 * inner, 0)
         is_once = model.activation == "relu" and held.all > 0

@@ -110,17 +110,34 @@ def _block(prefix: str, model: ModelSettings, layer: int) -> Iterator[Parameter]
         yield from _norm(f"{prefix}cross_attention_norm.", model)
         yield from _cross_attention(f"{prefix}cross_attention.", model)
     yield from _norm(f"{prefix}feed_forward_norm.", model)
-    width, inner, bias = model.hidden_size, model.intermediate_size, model.feed_forward_bias
-    if model.gated:
-        yield from _matrix(f"{prefix}feed_forward.gate_up.", 2 * inner, width, bias, (inner, inner))
+    if model.experts and layer >= model.experts.first_dense_layers:
+        yield from _experts(f"{prefix}feed_forward.", model)
     else:
-        yield from _matrix(f"{prefix}feed_forward.up.", inner, width, bias)
-    yield from _matrix(f"{prefix}feed_forward.down.", width, inner, bias)
+        yield from _feed_forward(f"{prefix}feed_forward.", model, model.intermediate_size)
     if model.norm_placement == "sandwich":
         yield from _norm(f"{prefix}attention_output_norm.", model)
         yield from _norm(f"{prefix}feed_forward_output_norm.", model)
         if is_cross:
             yield from _norm(f"{prefix}cross_attention_output_norm.", model)
+
+
+def _feed_forward(prefix: str, model: ModelSettings, inner: int) -> Iterator[Parameter]:
+    width, bias = model.hidden_size, model.feed_forward_bias
+    if model.gated:
+        yield from _matrix(f"{prefix}gate_up.", 2 * inner, width, bias, (inner, inner))
+    else:
+        yield from _matrix(f"{prefix}up.", inner, width, bias)
+    yield from _matrix(f"{prefix}down.", width, inner, bias)
+
+
+def _experts(prefix: str, model: ModelSettings) -> Iterator[Parameter]:
+    experts, width, inner = model.experts, model.hidden_size, model.expert_width
+    assert experts is not None
+    yield Parameter(f"{prefix}router.weight", (experts.count, width), "matrix")
+    yield Parameter(f"{prefix}experts.gate_up", (experts.count, 2 * inner, width), "matrix", rows=(inner, inner))
+    yield Parameter(f"{prefix}experts.down", (experts.count, width, inner), "matrix")
+    if experts.shared:
+        yield from _feed_forward(f"{prefix}shared.", model, experts.shared * inner)
 
 
 def _self_attention(prefix: str, model: ModelSettings, is_mixed: bool) -> Iterator[Parameter]:

@@ -43,8 +43,8 @@ def load_trained(run_directory: Path, best: bool = False) -> Trained:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = checkpoint.read_weights(found)
     model = build_model(settings.model, len(weights["embedding.weight"]))
-    for name, parameter in model.named_parameters():  # a tied output matrix is stored once, as the embedding
-        parameter.data.copy_(weights[name])
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor.data.copy_(weights[name])  # a tied output matrix is stored once, as the embedding
     model.eval().to(device)
     store = ShardStore.of_run(settings.data, "validation")
     tokenizer = Tokenizer.load(store.file("tokenizer.json"))

@@ -77,6 +77,7 @@ from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
 from bigmodel.training.class_summary import summarize_classes
 from bigmodel.training.divergence import Course
 from bigmodel.training.exact_start import write_exactly
+from bigmodel.training.expert_balance import ExpertBalance
 from bigmodel.training.imports import import_engine
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.new_plan import announce
@@ -117,6 +118,7 @@ class _Sums:
     joules: Joules  # of all devices, of all hosts
     stop_votes: float  # number of ranks that got a signal to stop
     written_votes: float  # number of ranks that have written their file of the checkpoint being saved
+    of_experts: list[float]  # `ExpertBalance.take`
     busy_seconds: list[float]  # by rank, in the previous step
 
 
@@ -166,7 +168,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     start = _find_start(settings, store, place, engine, world, fresh, new_plan)
     refuse_another(model.teacher, start.state)
     pruner = Pruner(settings.pruning, engine, start.step)
-    scores = AttentionScores(model, settings, world)
+    scores, experts = AttentionScores(model, settings, world), ExpertBalance(model)
     metrics = _open_metrics(settings, start.step, seat, fresh, engine, world)
     closing.callback(metrics.close)
     phases.entered = metrics.enter
@@ -215,12 +217,14 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         nats = torch.zeros(len(stream.loss_groups), device=world.device)  # by objective and source
         model.z_sum = model.plain_sum = 0.0
         scores.begin()
+        experts.begin()
         for number, batch in enumerate(step.micro_batches, start=1):
             nats += engine.micro_batch(batch.to(world.device), step.weight, number == len(step.micro_batches))
         with phases("communication"):
             taught = model.teacher.take() if model.teacher else 0.0
             extra = [float(model.z_sum), taught, float(model.plain_sum), *energy.take()]
-            sums = _add_up(world, nats, extra, stop.requested, saver.written, phases.busy_row(seat))
+            votes = stop.requested, saver.written
+            sums = _add_up(world, nats, extra, votes, experts.take(), phases.busy_row(seat))
         loss = math.fsum(sums.nats_by_group) / step.weight
         with phases("optimizer"):
             gradient_norm = engine.gradient_norm()
@@ -235,6 +239,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         rescue.update_begins()
         with phases("optimizer"):
             engine.update(rate, skip=bad, betas=betas(step.number, settings), row_factors=clip.row_factors)
+            expert_loads = experts.move(sums.of_experts, step.weight, skip=bad)
             pruner.step(done)
 
         # Report.
@@ -260,6 +265,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             pruned_share=pruner.share,
             largest_attention_score=clip.largest_score,
             clipped_heads=0 if bad and clip.num_heads else clip.num_heads,
+            expert_loads=expert_loads,
             sampled_share=sampling.share_at(step.number) if sampling else None,
             slow_rank=slow_rank.see(sums.busy_seconds),
         )
@@ -426,16 +432,21 @@ def _open_stream(
 
 
 def _add_up(
-    world: World, nats: Tensor, extra: Sequence[float], stop: bool, written: bool, busy_row: Sequence[float]
+    world: World,
+    nats: Tensor,
+    extra: Sequence[float],
+    votes: tuple[bool, bool],
+    of_experts: Sequence[float],
+    busy_row: Sequence[float],
 ) -> _Sums:
     """All sums of a step over the ranks, in one all-reduce. Waits for the device. Collective.
 
-    extra: this rank's z-loss, divergence, plain loss, joules of its device and of its host."""
-    votes = [float(stop), float(written)]
-    told = world.sum_([*nats.tolist(), *extra, *votes, *busy_row])
-    z_loss, divergence, plain_nats, device, host, stop_votes, written_votes, *busy = told[len(nats) :]
-    joules = Joules(device, host)
-    return _Sums(told[: len(nats)], z_loss, divergence, plain_nats, joules, stop_votes, written_votes, busy)
+    extra: this rank's z-loss, divergence, plain loss, joules of its device and of its host. votes: whether it is asked
+    to stop, and has written its file."""
+    told = world.sum_([*nats.tolist(), *extra, *map(float, votes), *of_experts, *busy_row])
+    z_loss, divergence, plain_nats, device, host, stop_votes, written_votes, *rest = told[len(nats) :]
+    sums = told[: len(nats)], z_loss, divergence, plain_nats, Joules(device, host), stop_votes, written_votes
+    return _Sums(*sums, rest[: len(of_experts)], rest[len(of_experts) :])
 
 
 def _step_record(
@@ -593,7 +604,7 @@ def _facts(settings: Settings, engine: Engine, world: World) -> dict[str, Any]:
     """Run-level gauges for the metrics endpoint; computed on rank 0, empty on other ranks."""
     if world.rank > 0:
         return {}
-    parameters = sum(math.prod(engine.shape(name)) for name in engine.names())
+    parameters = sum(math.prod(engine.shape(name)) for name in engine.names() if name not in engine.buffers)
     return {
         "planned_steps": settings.training.steps,
         "parameters": parameters,

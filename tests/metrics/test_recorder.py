@@ -24,7 +24,7 @@ from bigmodel.config.settings import MetricsSettings, TrainingSettings
 from bigmodel.evaluation.class_scores import labels_found
 from bigmodel.metrics.exporter import bucket_names, families
 from bigmodel.metrics.metric_table import METRICS, NODE, SERVING, STEP_BUCKETS_SECONDS, full_name, reference
-from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, StepRecord, how_it_ended
+from bigmodel.metrics.recorder import ExpertLoads, Flops, LossGroup, Metrics, StepRecord, how_it_ended
 from bigmodel.metrics.run_accounting import CAUSES, ENDINGS, SAVE_FAILURES
 from bigmodel.run_directory import read_json_lines, record_event
 
@@ -60,6 +60,7 @@ STEPS = [
         unweighted_loss=2.5,
         loss_scale=1024.0,
         sampled_share=0.25,
+        expert_loads=ExpertLoads((1.5, 2.0), (0.75, 0.875), 4.0),
         device_joules=100.0 * number,
         host_joules=2.6,
         slowest_rank=1,
@@ -176,6 +177,9 @@ EXPECTED = {
     "learning_rate": 3e-3,
     "loss_scale": 1024,
     "sampled_input_ratio": 0.25,
+    "expert_load_ratio": 2.0,
+    "expert_load_entropy_ratio": 0.75,
+    "router_z": 4.0,
     "energy_joules_total|device": 600,
     "energy_joules_total|host": 3 * 2.6,
     "energy_joules_per_token": 302.6 / 1013,

@@ -9,7 +9,7 @@ from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import Settings
 from bigmodel.inspect.memory import activation_bytes
 from bigmodel.planning.activation_memory import activation_plan
-from tests.planning.test_parameters import MODELS, RECURRENT
+from tests.planning.test_parameters import EXPERTS, MODELS, RECURRENT
 
 MODEL = {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 1024}
 LONG = {"max_positions": 2048}
@@ -48,18 +48,24 @@ def test_the_peak_is_that_of_the_code(case: tuple[str, str, str]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_experts(kind: str) -> None:
+    for name, precision in (("mixtral", "bf16"), ("deepseek", "fp32")):
+        assert_close(table_of(MODEL | EXPERTS[name] | {"num_mtp_modules": 0}, precision, kind), bound=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_adapters(kind: str) -> None:
     for targets in (["all-linear"], ["q_proj", "v_proj"]):
         assert_close(table_of(model_of("llama"), "bf16", kind) | {"lora": {"rank": 16, "targets": targets}})
 
 
-def assert_close(table: dict[str, Any], vocabulary: int = 4096) -> None:
+def assert_close(table: dict[str, Any], vocabulary: int = 4096, bound: float = 0.05) -> None:
     settings = Settings.model_validate(table)
     effective, settings = resolve_deepspeed(settings, 1)
     counted = activation_bytes(settings, effective, vocabulary)
     planned = activation_plan(settings, vocabulary, 1)
     print(f"planned {planned:,}, counted {counted:,}: {planned / counted:.3f}")
-    assert planned == pytest.approx(counted, rel=0.05)
+    assert planned == pytest.approx(counted, rel=bound)
 
 
 def test_layers_tokens_and_vocabulary_grow_as_in_the_code() -> None:

@@ -67,7 +67,14 @@ def settings_of(model: dict[str, Any], **sections: Any) -> Settings:
     return Settings.model_validate({"model": model, "data": data} | sections)
 
 
-CASES = {name: settings_of(SMALL | model) for name, model in MODELS.items()}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"experts": {"count": 8, "per_token": 2}},
+    "deepseek": {
+        "experts": {"count": 8, "per_token": 3, "width": 16, "shared": 2, "first_dense_layers": 1, "balance": "bias"},
+        "num_mtp_modules": 1,
+    },
+}
+CASES = {name: settings_of(SMALL | model) for name, model in (MODELS | EXPERTS).items()}
 CASES |= {
     name: settings_of({"kind": name, "num_layers": 2, "hidden_size": 32} | model) for name, model in RECURRENT.items()
 }

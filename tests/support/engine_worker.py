@@ -27,6 +27,7 @@ from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
+from bigmodel.training.expert_balance import ExpertBalance
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.optimizers.table import OPTIMIZERS
 from bigmodel.training.trained import choose_trained
@@ -65,6 +66,8 @@ def settings_table(
     draws = other.pop("draws", True)
     model = asked | {"dropout": 0.1} if asked else model | (DROPOUT if draws else {}) | other.pop("norms", {})
     model = model | {"tied_embeddings": other.pop("tied", False)}
+    if experts := other.pop("experts", None):
+        model["experts"] = experts
     training = {"steps": 20, "global_batch_size": PACKS, "precision": precision, "deepspeed": str(folder / name)}
     training |= other.pop("training", {})
     # A large epsilon keeps the update smooth in the gradient: another order of sums differs by rounding only.
@@ -186,7 +189,7 @@ def state_digest(engine: Engine) -> str:
 def frozen_changed(engine: Engine, settings: Settings) -> list[str]:
     """Frozen parameters that are not those of the start, in the precision of the run, to the last bit."""
     first = dict(new_model(settings).to(LOW.get(settings.training.precision, torch.float32)).named_parameters())
-    frozen = [name for name in engine.names() if name not in engine.trained()]
+    frozen = [name for name in engine.names() if name not in engine.trained() and name not in engine.buffers]
     return [name for name in frozen if not torch.equal(engine.whole(name, "weight"), first[name].float())]
 
 
@@ -213,7 +216,8 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
     forget_groups()
     effective, settings = resolve_deepspeed(Settings.model_validate(job["settings"]), world.size)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
-    engine = Engine(new_model(settings, effective), settings, effective, world)
+    model = new_model(settings, effective)
+    engine, experts = Engine(model, settings, effective, world), ExpertBalance(model)
     result: dict[str, Any] = {"losses": [], "norms": [], "gradient_errors": [], "gradient_distances": [], "first": 0}
     expected = load_file(job["oracle"]) if "oracle" in job else {}
     checkpoints = Path(job.get("checkpoints", "."))
@@ -223,13 +227,13 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
         used: dict[str, list[float]] = {
             key: [] for key in ("losses", "norms")
         }  # stage 3 keeps small weights whole after the first update
-        run_step(0, {}, engine, settings, packs_per_micro_batch, {}, used)
+        run_step(0, {}, engine, experts, settings, packs_per_micro_batch, {}, used)
         checkpoint.load(found, engine, settings, world)
         result |= {"first": found.state["step"], "loaded": state_digest(engine), "loaded_state": found.state}
     for step in range(result["first"], job["steps"]):
         for bad_rank in job["bad_ranks"] if "bad_ranks" in job and step in job["skip_at"] else [None]:
             if step not in job.get("leave_out", []):
-                run_step(step, job, engine, settings, packs_per_micro_batch, expected, result, bad_rank)
+                run_step(step, job, engine, experts, settings, packs_per_micro_batch, expected, result, bad_rank)
         if job.get("save_at") == step + 1:
             result["saved"] = state_digest(engine)
             saving.save(checkpoints, engine, {"step": step + 1, "cursor": {"at": step + 1}}, settings, world)
@@ -254,6 +258,7 @@ def run_step(
     step: int,
     job: dict[str, Any],
     engine: Engine,
+    experts: ExpertBalance,
     settings: Settings,
     packs_per_micro_batch: int,
     expected: dict[str, torch.Tensor],
@@ -271,6 +276,7 @@ def run_step(
         result["evaluated"] = [float(outputs[0]), float(outputs[1].sum())]
         result["training"] = engine.training
     divisor: Any = 1e-300 if skip and bad_rank in (None, world.rank) else targets
+    experts.begin()
     nats = sum((float(engine.micro_batch(batch, divisor, batch is batches[-1])) for batch in batches), 0.0)
     norm = engine.gradient_norm()
     if skip:
@@ -284,6 +290,7 @@ def run_step(
         result["gradient_errors"].append(max(relative_error(gradients[name], wanted[name]) for name in gradients))
         result["gradient_distances"].append(distance(gradients, wanted))
     engine.update(learning_rate(step, settings), skip=skip, betas=betas(step, settings))
+    experts.move(world.sum_(experts.take()), targets, skip)
     if skip:
         result["skipped_norm"] = norm
     else:

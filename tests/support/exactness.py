@@ -31,6 +31,12 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "ema": (0.0, 0.9),
     "groups": (False, True),
     "tied": (False, True),
+    "experts": ("none", "balanced by loss", "balanced by bias"),
+}
+EXPERTS = {"count": 4, "per_token": 2, "width": 20, "shared": 1, "first_dense_layers": 1, "router_z_weight": 0.01}
+BALANCED: dict[str, Any] = {
+    "balanced by loss": EXPERTS | {"balance_weight": 0.1},
+    "balanced by bias": EXPERTS | {"balance": "bias", "bias_rate": 0.01, "scores": "sigmoid", "route_scale": 1.5},
 }
 Case = dict[str, Any]
 GROUPS = [{"parameters": "blocks.0.*", "learning_rate_factor": 0.5}, {"parameters": "norm.*", "weight_decay": 0.2}]
@@ -48,6 +54,7 @@ def valid(case: Case) -> bool:
         and not (offload != "none" and stage == 0)
         and not (offload == "optimizer and weights to cpu" and stage < 3)
         and not (case["persistence"] and stage < 3)
+        and not (case["experts"] != "none" and case["optimizer"] == "adafactor")
     )
 
 
@@ -97,19 +104,29 @@ def table_of(case: Case, folder: Path, **zero: Any) -> dict[str, Any]:
         tied=case["tied"],
         optimizer=optimizer,
         training=training,
+        experts=BALANCED.get(case.get("experts", "none")),
         zero=zero,
     )
 
 
 @cache
 def _oracle(
-    folder: Path, precision: str, optimizer: str, ema: float, groups: bool, tied: bool, packs: int, steps: int
+    folder: Path,
+    precision: str,
+    optimizer: str,
+    ema: float,
+    groups: bool,
+    tied: bool,
+    experts: str,
+    packs: int,
+    steps: int,
 ) -> Any:
     """Path of the oracle's tensors, its losses and norms, and the errors of one process of that precision."""
     case = {"stage": 1, "precision": precision, "optimizer": optimizer, "activation_checkpointing": "none"}
     case |= {"offload": "none", "packs_at_once": 1, "persistence": 0, "ema": ema, "groups": groups, "tied": tied}
+    case |= {"experts": experts}
     settings = Settings.model_validate(table_of(case, folder))
-    stem = f"oracle-{precision}-{optimizer}-{ema}-{groups}-{tied}-{packs}-{steps}"
+    stem = f"oracle-{precision}-{optimizer}-{ema}-{groups}-{tied}-{experts}-{packs}-{steps}"
     path = folder / f"{stem}.safetensors"
     low = precision != "fp32"
     seen = oracle(settings, steps, path, wide=low)
@@ -129,7 +146,7 @@ def _oracle(
 
 def job_of(case: Case, folder: Path, steps: int = STEPS, **zero: Any) -> dict[str, Any]:
     """The job for `tests.support.engine_worker.launch`."""
-    facts = [case[key] for key in ("precision", "optimizer", "ema", "groups", "tied")]
+    facts = [*(case[key] for key in ("precision", "optimizer", "ema", "groups", "tied")), case.get("experts", "none")]
     packs = case["packs_at_once"] if case["precision"] != "fp32" else PACKS
     path, seen, allowed = _oracle(folder, *facts, packs, steps)
     table = table_of(case, folder, **zero)

@@ -10,6 +10,7 @@ from bigmodel.config.settings import DataSettings, ModelSettings
 from bigmodel.data.load.batch import IGNORED, Batch, build_batch, make_dropout_seeds
 from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.kernels.mask import causal
+from bigmodel.model.experts import mixtures
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 
@@ -48,6 +49,19 @@ def test_editing_a_document_changes_nothing_of_another_one_bitwise(changes: dict
     findings = isolation(make_model(**changes), make_batch())
     assert [finding.claim for finding in findings if not finding.holds] == []
     assert len(findings) == 4
+
+
+EXPERTS = {"count": 4, "per_token": 2, "width": 20, "balance_weight": 0.5, "router_z_weight": 0.1}
+
+
+def test_experts_of_one_document_do_not_depend_on_another_one() -> None:
+    """Also with uneven loads of the step before, whose balance loss has a gradient."""
+    model = make_model(experts=EXPERTS, dropout=0.3).double()
+    for layer in mixtures(model):
+        layer.router.load.copy_(torch.tensor([1.2, 0.5, 0.2, 0.1]))
+    findings = [*isolation(model, make_batch()), *packed_equals_single(model, make_batch())]
+    assert [finding for finding in findings if not finding.holds] == []
+    assert len(findings) == 6
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())

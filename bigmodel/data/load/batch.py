@@ -92,6 +92,7 @@ class Batch:
     replaced: Tensor | None = None  # (R,) int64: in training, rows whose input is the model's own prediction
     predicted_at: Tensor | None = None  # (R,) int64: the rows of these predictions
     choice_seeds: Tensor | None = None  # (R,) int64: random words that draw them; None: the likeliest tokens
+    padding: Tensor | None = None  # (T,) bool: positions of padding; None: there is none
 
     def to(self, device: torch.device | str) -> "Batch":
         """This batch with its tensors on a device."""
@@ -104,10 +105,10 @@ class Batch:
         return replace(self, **pinned, source=self.source.pinned() if self.source else None)
 
     def fingerprint(self) -> str:
-        """sha256 over the tensors' names, types, shapes and bytes."""
+        """sha256 over the tensors' names, types, shapes and bytes. Padding follows from the others."""
         digest = hashlib.sha256()
         for side in (self, self.source) if self.source else (self,):
-            for name, tensor in tensors_of(side).items():
+            for name, tensor in [(name, one) for name, one in tensors_of(side).items() if name != "padding"]:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -192,6 +193,7 @@ def build_batch(
     num_places = len(packs) * settings.sequence_length
     groups_T = np.zeros(num_places if loss_group_of else 0, dtype=np.int64)
     weights_T = np.zeros(num_places if has_weights else 0, dtype=np.float32)
+    padding_T = np.zeros(num_places, dtype=bool)
     labels: list[np.ndarray] = []  # of each document and padding
     prefixes: list[int] = []
     is_one_sided = not source_side.size
@@ -228,6 +230,7 @@ def build_batch(
                 groups_T[place] = loss_group_of(chunk)
         padding = [side.pad(number) for side in (target_side, source_side)]
         labels.append(ignored[: padding[0]])
+        padding_T[target_side.place - padding[0] : target_side.place] = True
         if any(padding):
             target_side.ends.append(target_side.place)
             source_side.ends.append(source_side.place)
@@ -267,6 +270,7 @@ def build_batch(
         loss_groups=torch.from_numpy(groups_T) if loss_group_of else None,
         num_loss_groups=num_loss_groups,
         weights=torch.from_numpy(weights_T) if has_weights else None,
+        padding=torch.from_numpy(padding_T),
     )
 
 

@@ -125,6 +125,9 @@ def fill(
             continue
         with whole(parameter) if whole else contextlib.nullcontext():
             parameter.copy_(weights.grown(name, parameter.shape, seed))
+    for name, buffer in model.named_buffers():  # the biases of experts are part of the model
+        if name in weights and name.endswith(".bias"):
+            buffer.copy_(weights.read(name))
 
 
 def _grown(rows_VH: Tensor, count: int, generator: torch.Generator) -> Tensor:

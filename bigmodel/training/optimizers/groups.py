@@ -100,7 +100,11 @@ def width_factor(model: ModelSettings | None, settings: OptimizerSettings) -> fl
 
 def rows_of_parts(model: nn.Module) -> dict[int, tuple[int, ...]]:
     """Of weights that hold several matrices, query, key and value or gate and up: the rows of each, by id."""
-    return {id(module.weight): module.parts for module in model.modules() if getattr(module, "parts", ())}
+    found = {id(module.weight): module.parts for module in model.modules() if getattr(module, "parts", ())}
+    joined = [
+        (module, name, rows) for module in model.modules() for name, rows in getattr(module, "joined", {}).items()
+    ]
+    return found | {id(getattr(module, name)): rows for module, name, rows in joined}  # of experts
 
 
 def layer_factors(names: Sequence[str], decay: float) -> dict[str, float]:

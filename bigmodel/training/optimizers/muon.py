@@ -16,7 +16,8 @@ class Muon(torch.optim.AdamW):
 
     m = mu * m + g; O = the nearest semi-orthogonal matrix to g + mu * m; w -= rate * (scale * O + decay * w). The scale
     0.2 * sqrt(max(rows, columns)) gives updates of AdamW's size, so that one rate serves both (Liu et al. 2025); the
-    original one is sqrt(max(1, rows / columns)). A group with `parts` orthogonalises each of them.
+    original one is sqrt(max(1, rows / columns)). A group with `parts` orthogonalises each of them. Experts are matrices
+    of their own, and so is a router.
     Masters are flat and may hold parts of matrices; `shards`, set by the engine, assembles them.
     """
 
@@ -43,6 +44,8 @@ class Muon(torch.optim.AdamW):
                     master.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
     def _change(self, rows: tuple[int, ...], matrix: Tensor) -> Tensor:
+        if matrix.dim() == 3:  # of each expert
+            return torch.stack([self._change(rows, one) for one in matrix])
         return torch.cat([self._update(part) for part in matrix.split(rows)]) if rows else self._update(matrix)
 
 

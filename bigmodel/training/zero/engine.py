@@ -9,8 +9,8 @@ weights. Guarantees, for ZeRO 0 to 3:
   unchanged;
 - parameters without `requires_grad` are frozen: no gradient, no master, no optimizer state, no part in the norm; their
   state is the weight in the precision of the forward pass;
-- state is read and written by parameter name, in fp32, exactly: a checkpoint depends on neither ranks nor stages. Each
-  rank gives its own part, without communication.
+- state is read and written by name of a parameter or buffer, in fp32, exactly: a checkpoint depends on neither ranks
+  nor stages. Each rank gives its own part, without communication.
 Costs: DeepSpeed's own, without its copies and sums of gradients on one rank. bigmodel/training/zero/layouts.py knows
 where each stage keeps its state.
 
@@ -63,7 +63,8 @@ class Engine:
     """One model in training. Construction is collective, and so are its methods, except `owned` and those that need no
     tensor.
 
-    updates: the number of updates applied since initialization, without skipped ones.
+    updates: the number of updates applied since initialization, without skipped ones. buffers: of the model, by name,
+    equal on all ranks.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class Engine:
         self._layout = layout_of(self._engine, self._optimizer)
         self._shards = {name: self._layout.shard(p) for name, p in self._trained.items()}
         self._names = {id(parameter): name for name, parameter in self._trained.items()}
+        self.buffers = dict(self._engine.module.named_buffers())  # loads and biases of experts
+        self._shapes |= {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
         self._squares: dict[int, Tensor] = {}  # of the gradients of the step, by id: `gradient_norm`
         if world.device.type == "cpu":
             _norm_from_squares(self._engine.optimizer, self._squares)
@@ -251,8 +254,8 @@ class Engine:
     # --- the state, by parameter name
 
     def names(self) -> list[str]:
-        """Parameter names, in the model's order; tied weights appear once."""
-        return list(self._parameters)
+        """Names of parameters, in the model's order, then of buffers; tied weights appear once."""
+        return [*self._parameters, *self.buffers]
 
     def trained(self) -> list[str]:
         """Names of the parameters that are not frozen."""
@@ -340,6 +343,8 @@ class Engine:
     @torch.no_grad()
     def whole(self, name: str, key: str) -> Tensor:
         """A whole tensor of a parameter's state, in fp32, copied to every rank. Collective."""
+        if name in self.buffers:
+            return self.buffers[name].clone()
         if key in self._vectors[name]:
             return self._vectors[name][key].clone()
         if name not in self._trained:
@@ -386,6 +391,8 @@ class Engine:
     @torch.no_grad()
     def held(self, name: str) -> dict[str, Piece]:
         """By key, this rank's elements of a parameter's state, as views."""
+        if name in self.buffers:
+            return {WEIGHT: (0, self.buffers[name].view(-1))}
         if name not in self._trained:
             return {WEIGHT: self._layout.frozen(self._parameters[name])}
         shard, held = self._shards[name], {key: (0, vector) for key, vector in self._vectors[name].items()}
@@ -396,6 +403,8 @@ class Engine:
 
     def _is_replicated(self, name: str, key: str) -> bool:
         """Whether every rank holds the same elements."""
+        if name in self.buffers:
+            return True
         if name not in self._trained:
             return not self._layout.shares_frozen
         return key in self._vectors[name] or not self._layout.partitioned

@@ -30,7 +30,7 @@ from tests.support.engine_worker import (
     oracle,
     settings_table,
 )
-from tests.support.exactness import FEW_STEPS, failures, job_of, with_sequence
+from tests.support.exactness import BALANCED, FEW_STEPS, failures, job_of, with_sequence
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(600)  # all jobs run in the first test's set-up
@@ -40,6 +40,7 @@ MOVING = {
     kind: {"optimizer": {"kind": kind}, "training": {"ema_decay": 0.8}} for kind in ("muon", "adafactor", "ademamix")
 }
 MOVING["muon"]["optimizer"]["joined_matrices"] = "parts"
+MOVING |= {kind.replace(" ", "-"): {"experts": experts} for kind, experts in BALANCED.items()}
 GRU = {"kind": "gru", "num_layers": 2, "hidden_size": 16, "backpropagation_tokens": 5}
 KINDS = ("none", "selective", "full")  # of activation checkpointing
 # Weights are freed at once, so a recomputation gathers those that the forward pass did not gather inside the block.
@@ -83,6 +84,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
                 jobs[f"{placement} {kind} {stage}"] = {"settings": table, "steps": 2, "evaluate_at": [1]}
             table = settings_table(folder, stage, "fp32", 2, training={"activation_checkpointing": kind}, model=GRU)
             jobs[f"recurrent {kind} {stage}"] = {"settings": table, "steps": 2, "evaluate_at": [1]}
+            more: dict[str, Any] = {"experts": BALANCED["balanced by loss"]}
+            table = settings_table(folder, stage, "fp32", 2, training={"activation_checkpointing": kind}, **more)
+            jobs[f"experts {kind} {stage}"] = {"settings": table, "steps": 3}
     for kind in KINDS:
         table = settings_table(folder, 3, "fp32", 2, training={"activation_checkpointing": kind}, zero=LITTLE)
         jobs[f"little {kind}"] = {"settings": table, "steps": 3}
@@ -129,7 +133,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
     table = settings_table(folder, 3, "fp32", 1, zero={"zero_hpz_partition_size": 2}, **MOVING["muon"])
     shared = {
         f"{ranks} share at {case['stage']}": with_sequence(job_of(case, folder, FEW_STEPS), ranks)
-        for ranks, case in ((2, HPZ), (4, HPZ | {"stage": 1, "precision": "bf16"}), (2, HPZ | {"stage": 2}))
+        for ranks, case in (
+            (2, HPZ),
+            (4, HPZ | {"stage": 1, "precision": "bf16"}),
+            (2, HPZ | {"stage": 2, "experts": "balanced by loss"}),
+        )
     }
     found[4] = run(shared | {"hpz": hpz, "muon moved 1 to hpz": {"settings": table, "steps": 6, **where}}, 4, folder)
     return found
@@ -162,6 +170,15 @@ def test_recomputing_activations_changes_no_bit(results, stage: int) -> None:
         one = results[2][f"{kind} {stage}"]
         assert (one["losses"], one["norms"], one["digest"]) == (plain["losses"], plain["norms"], plain["digest"])
         assert one["evaluated"] == plain["evaluated"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recomputed_experts_are_those_of_the_forward_pass_and_are_counted_once(results, stage: int) -> None:
+    """The digest covers the loads."""
+    plain = results[2][f"experts none {stage}"]
+    for kind in ("selective", "full"):
+        one = results[2][f"experts {kind} {stage}"]
+        assert (one["losses"], one["norms"], one["digest"]) == (plain["losses"], plain["norms"], plain["digest"])
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

@@ -1,0 +1,107 @@
+"""Settings of expert layers ([model.experts]): mixture of experts, its router, its balance."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from bigmodel.config.sections import Section, setting
+
+
+class ExpertSettings(Section):
+    """Mixture of experts (Shazeer et al. 2017): in place of one feed-forward layer many, of which a router chooses a
+    few for each token. No token is dropped, whatever the load: with a limit of an expert's tokens, one document would
+    take the place of another one.
+
+    Balance is that of whole steps: the load of an expert is counted over all tokens of a step on all ranks, without
+    padding. The balance loss uses the loads of the step before, so that it is a sum over tokens, as the loss is.
+    """
+
+    count: int = Field(ge=1, description="experts of a layer")
+    per_token: int = Field(2, ge=1, description="experts that a token passes")
+    width: int = Field(0, ge=0, description="intermediate size of one expert; 0: model.intermediate_size")
+    shared: int = Field(
+        0,
+        ge=0,
+        description="experts that every token passes, without weights: one feed-forward layer of shared * width",
+    )
+    first_dense_layers: int = Field(0, ge=0, description="first layers, with one feed-forward layer each (DeepSeek-V3)")
+    scores: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="scores of the experts from the router's logits, in fp32; sigmoid: DeepSeek-V3"
+    )
+    normalize_weights: bool = Field(
+        True,
+        description="the weights of a token's experts add up to 1 (Mixtral, Qwen3); false: they are the scores (OLMoE)",
+    )
+    route_scale: float = Field(1.0, gt=0, description="factor of the weights (DeepSeek-V3: 2.5)")
+    balance: Literal["loss", "bias", "none"] = Field(
+        "loss",
+        description="loss: count * sum of load * mean score over the experts of a layer (Switch Transformer, with all "
+        "chosen experts), in the gradient, not in the reported loss; bias: of the scores, only in the choice of "
+        "experts (DeepSeek-V3)",
+    )
+    balance_weight: float = setting(
+        0.01, only_with={"balance": "loss"}, gt=0, description="weight of the balance loss of each layer"
+    )
+    bias_rate: float = setting(
+        0.001,
+        only_with={"balance": "bias"},
+        gt=0,
+        description="after each step the bias of experts with less than the mean load rises by it, that of the others "
+        "falls",
+    )
+    router_z_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the mean of logsumexp(logits)^2 of each layer's router (ST-MoE: 0.001), in the "
+        "gradient, not in the reported loss",
+    )
+
+    @model_validator(mode="after")
+    def _a_token_has_its_experts(self) -> "ExpertSettings":
+        if self.per_token > self.count:
+            raise ValueError(
+                f"model.experts.per_token = {self.per_token} exceeds model.experts.count = {self.count}; lower it"
+            )
+        return self
+
+
+def problem_of_experts(model: Any) -> str:
+    """Why settings of the model do not fit expert layers; empty if they do. model: `ModelSettings`, which imports
+    this."""
+    if model.experts is None:
+        return ""
+    if model.kind == "encoder_decoder":
+        return 'model.experts with model.kind = "encoder_decoder": its layers are not routed yet; leave it out'
+    if model.experts.first_dense_layers >= model.num_layers:
+        return (
+            f"model.experts.first_dense_layers = {model.experts.first_dense_layers} leaves no layer with experts of "
+            f"model.num_layers = {model.num_layers}; lower it"
+        )
+    if not model.gated or model.feed_forward_bias:
+        name, value = ("feed_forward_bias", "true") if model.gated else ("gated", "false")
+        return f"model.{name} = {value} with model.experts: experts are gated, without biases; leave it out"
+    return ""
+
+
+def problem_beside_experts(settings: Any) -> str:
+    """Why other sections do not fit expert layers; empty if they do. settings: `Settings`, which imports this."""
+    if settings.model.experts is None:
+        return ""
+    training = settings.training
+    given = {
+        "lora.rank": (settings.lora.rank, 0, "adapters of experts are not made"),
+        "classification.classes": (settings.classification.classes, [], "experts would be balanced over few labels"),
+        "distillation.teacher": (settings.distillation.teacher, None, "it is not tested with experts"),
+        "pruning.kind": (getattr(settings.pruning, "kind", None), "none", "experts are not pruned"),
+        "training.scheduled_sampling": (training.scheduled_sampling, None, "its first pass would be routed too"),
+        "training.compile": (training.compile, False, "the number of an expert's tokens changes with each batch"),
+    }
+    for name, (value, default, reason) in given.items():
+        if value != default:
+            return f"{name} with model.experts: {reason}; leave one of them out"
+    if settings.optimizer.kind == "adafactor":
+        return (
+            'optimizer.kind = "adafactor" with model.experts: it keeps rows and columns of single matrices; use '
+            "another optimizer"
+        )
+    return ""

@@ -1,0 +1,266 @@
+"""Mixture of experts: a feed-forward layer of many experts, of which each token passes a few.
+
+In: states (T, H). Out: of each token the sum of its k experts' outputs times their weights, plus the shared experts'.
+
+    logits_TE = x W, in fp32        scores_TE: softmax or sigmoid of the logits
+    experts of a token: the k largest scores + bias_E; their weights: scores, without the bias, normalised if asked for
+    rows sorted by expert -> grouped gate and up -> activation -> grouped down -> rows by token, weighted, added
+
+Guarantees: no token is dropped, so that a token's output depends on its own state only; padding passes no expert and
+is not counted; recomputation routes as the first pass did. The number of an expert's tokens stays on the device.
+The loads of a step are counted once, also where the backward pass recomputes a layer.
+
+The balance loss and the router's z-loss are sums over labels, weighted as these, so that the engine's division by the
+number of labels makes them means over the step, on any number of ranks and micro-batches. They change the gradient of
+the loss sum, not its value (`Transformer`). With E experts, f_e the share of the step before's tokens that passed
+expert e (they add up to k) and p_te the normalised scores, the balance loss of a layer is E * sum_e f_e * mean_t p_te.
+
+Example: T = 4 tokens, the last one padding, k = 2 of E = 3 experts: 6 pairs of token and expert, sorted by expert;
+loads (3, 2, 1), offsets (0, 3, 5, 6), rows 6 and 7 belong to no expert.
+
+Letters: T positions, H hidden_size, E experts, K experts of a token, A = T * K pairs, I expert width, L expert layers.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bigmodel.config.settings import ModelSettings
+from bigmodel.data.load.batch import IGNORED, Batch
+from bigmodel.kernels.cpu import is_wide
+from bigmodel.model.layers import ACTIVATIONS, FeedForward
+
+
+def has_experts(settings: ModelSettings, layer: int) -> bool:
+    """Whether a layer, counted from 0, has experts. Multi-token prediction modules come after all layers."""
+    return settings.experts is not None and layer >= settings.experts.first_dense_layers
+
+
+class Recorded(NamedTuple):
+    """Of a micro-batch. loads_LE: pairs of token and expert, without padding, int64; term: balance loss and z-loss of
+    all layers, times their weights, to be added to the loss sum; z_sum: sum of logsumexp(logits)^2 over labels and
+    layers."""
+
+    loads_LE: Tensor
+    term: Tensor
+    z_sum: Tensor
+
+
+class Routing:
+    """What the expert layers of a micro-batch read, and in training record. Made once, used by all of them."""
+
+    def __init__(self, batch: Batch, records: bool) -> None:
+        self.padding_T, self.records = batch.padding, records
+        self.weight_T = (batch.labels != IGNORED).float() if batch.weights is None else batch.weights
+        self._layers: list[tuple[Tensor, Tensor, Tensor]] | None = []
+
+    def record(self, load_E: Tensor, term: Tensor, z_sum: Tensor) -> None:
+        """Of one layer. Recomputations come after `close` and are not recorded."""
+        if self._layers is not None:
+            self._layers.append((load_E, term, z_sum))
+
+    def close(self) -> Recorded:
+        """The records of all layers; afterwards nothing is recorded."""
+        assert self._layers, "no layer with experts was computed, or its records were taken"
+        loads, terms, z_sums = zip(*self._layers, strict=True)
+        self._layers = None
+        return Recorded(torch.stack(loads), torch.stack(terms).sum(), torch.stack(z_sums).sum())
+
+
+class Router(nn.Module):
+    """Logits of the experts, (T, E), fp32 at least. Its buffers, fp32 in a model of any precision: with balance = loss
+    the `load` of the step before, as shares of its tokens that add up to K; with balance = bias the `bias`, (E,)."""
+
+    load: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        experts = settings.experts
+        assert experts is not None
+        self.weight = nn.Parameter(torch.empty(experts.count, settings.hidden_size))
+        self.even = experts.per_token / experts.count
+        self.register_buffer("load", torch.empty(experts.count) if experts.balance == "loss" else None)
+        self.register_buffer("bias", torch.empty(experts.count) if experts.balance == "bias" else None)
+        self.reset()
+
+    def reset(self) -> None:
+        """The buffers of a start: even loads, no bias."""
+        for name, value in (("load", self.even), ("bias", 0.0)):
+            if (buffer := getattr(self, name)) is not None:
+                setattr(self, name, torch.full(buffer.shape, value, dtype=torch.float32, device=buffer.device))
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_TH.dtype, torch.float32)
+        return x_TH.to(dtype) @ self.weight.to(dtype).T
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Buffers move with the module, but stay fp32: a bias grows by 0.001, which bf16 rounds away."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Experts(nn.Module):
+    """Gated feed-forward layers (Shazeer 2020): rows sorted by expert (A, H) to (A, H)."""
+
+    def __init__(self, settings: ModelSettings, count: int, width: int) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[settings.activation]
+        self.gate_up = nn.Parameter(torch.empty(count, 2 * width, settings.hidden_size))
+        self.joined = {"gate_up": (width, width)}  # rows of the matrices that each expert's one holds
+        self.down = nn.Parameter(torch.empty(count, settings.hidden_size, width))
+
+    def forward(self, x_AH: Tensor, offsets_E1: Tensor) -> Tensor:
+        """offsets_E1: expert e has rows [offsets[e], offsets[e + 1]); rows behind the last one give 0."""
+        gate_AI, up_AI = grouped_matmul(x_AH, self.gate_up, offsets_E1).chunk(2, dim=-1)
+        return grouped_matmul(self.activation(gate_AI) * up_AI, self.down, offsets_E1)
+
+
+class MixtureOfExperts(nn.Module):
+    """A feed-forward layer of experts."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        assert settings.experts is not None
+        self.settings = settings.experts
+        width = settings.expert_width
+        self.router = Router(settings)
+        self.experts = Experts(settings, self.settings.count, width)
+        self.shared = FeedForward(settings, self.settings.shared * width) if self.settings.shared else None
+
+    def forward(self, x_TH: Tensor, routing: Routing | None = None) -> Tensor:
+        """routing None: all positions are tokens."""
+        logits_TE = self.router(x_TH)
+        scores_TE = logits_TE.softmax(-1) if self.settings.scores == "softmax" else logits_TE.sigmoid()
+        experts_TK, weights_TK = self.choose(scores_TE)
+        if routing is not None and routing.padding_T is not None:  # padding belongs to no expert
+            experts_TK = experts_TK.masked_fill(routing.padding_T[:, None], self.settings.count)
+        order_A, load_E, offsets_E1 = sort_by_expert(experts_TK.flatten(), self.settings.count)
+        place_A = torch.empty_like(order_A)
+        place_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+        y_AH = self.experts(Dispatch.apply(x_TH, order_A, place_A), offsets_E1)
+        y_TKH = Reorder.apply(y_AH, place_A, order_A).unflatten(0, experts_TK.shape)
+        out_TH = (y_TKH * weights_TK[..., None]).sum(1).to(x_TH.dtype)
+        if routing is not None and routing.records:
+            routing.record(load_E, *self.terms(logits_TE, scores_TE, routing.weight_T))
+        return out_TH if self.shared is None else out_TH + self.shared(x_TH)
+
+    def choose(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts and their weights, (T, K)."""
+        ranked_TE = scores_TE.detach() if self.router.bias is None else scores_TE.detach() + self.router.bias
+        experts_TK = ranked_TE.topk(self.settings.per_token, dim=-1).indices
+        weights_TK = scores_TE.gather(1, experts_TK)
+        if self.settings.normalize_weights:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return experts_TK, weights_TK * self.settings.route_scale
+
+    def terms(self, logits_TE: Tensor, scores_TE: Tensor, weight_T: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's balance loss and z-loss, times their weights; the sum of logsumexp(logits)^2, detached."""
+        settings = self.settings
+        squares_T = logits_TE.logsumexp(-1).square()
+        z_sum = (squares_T * weight_T).sum()
+        term = settings.router_z_weight * z_sum if settings.router_z_weight else z_sum.new_zeros(())
+        if self.router.load is not None:
+            p_TE = scores_TE if settings.scores == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
+            p_E = (p_TE * weight_T[:, None]).sum(0)
+            term = term + settings.balance_weight * settings.count * (self.router.load * p_E).sum()
+        return term, z_sum.detach()
+
+
+def sort_by_expert(expert_A: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs in the order of experts, stable (A,); loads (E,) int64; offsets (E + 1,) int32. Pairs of no expert,
+    numbered `count`, come last."""
+    order_A = expert_A.argsort(stable=True)
+    load_E = expert_A.new_zeros(count + 1).scatter_add_(0, expert_A, torch.ones_like(expert_A))[:count]
+    return order_A, load_E, nn.functional.pad(load_E.cumsum(0), (1, 0)).to(torch.int32)
+
+
+class Dispatch(torch.autograd.Function):
+    """Rows of tokens (T, H) to rows of pairs (A, H) in the order of experts. The gradient is a gather and a sum of K
+    rows, in one order: torch's own adds rows in any order on a GPU."""
+
+    @staticmethod
+    def forward(context: Any, x_TH: Tensor, order_A: Tensor, place_A: Tensor) -> Tensor:
+        context.save_for_backward(place_A)
+        context.num_tokens = len(x_TH)
+        return x_TH[order_A // (len(order_A) // max(1, len(x_TH)))]
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Any:
+        (place_A,) = context.saved_tensors
+        return gradients[0][place_A].unflatten(0, (context.num_tokens, -1)).sum(1), None, None
+
+
+class Reorder(torch.autograd.Function):
+    """Rows in another order, a permutation, and its inverse for the gradient."""
+
+    @staticmethod
+    def forward(context: Any, x_AH: Tensor, order_A: Tensor, inverse_A: Tensor) -> Tensor:
+        context.save_for_backward(inverse_A)
+        return x_AH[order_A]
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Any:
+        (inverse_A,) = context.saved_tensors
+        return gradients[0][inverse_A], None, None
+
+
+def grouped_matmul(x_MK: Tensor, weight_ENK: Tensor, offsets_E1: Tensor) -> Tensor:
+    """(M, N): rows [offsets[e], offsets[e + 1]) of x times weight[e].T; 0 in the rows behind the last one."""
+    wide = is_wide(x_MK)
+    x, weight = (x_MK.float(), weight_ENK.float()) if wide else (x_MK, weight_ENK)
+    return GroupedProduct.apply(x, weight, offsets_E1).to(x_MK.dtype)
+
+
+class GroupedProduct(torch.autograd.Function):
+    """One product after another. The gradient of an expert without rows is 0."""
+
+    @staticmethod
+    def forward(context: Any, x_MK: Tensor, weight_ENK: Tensor, offsets_E1: Tensor) -> Tensor:
+        context.save_for_backward(x_MK, weight_ENK, offsets_E1)
+        if offsets_E1.is_meta:  # of the memory plan
+            return torch.mm(x_MK, weight_ENK[0].T)
+        parts = [torch.mm(x_MK[rows], weight_ENK[expert].T) for expert, rows in _groups(offsets_E1)]
+        rest = len(x_MK) - sum(map(len, parts))
+        return torch.cat([*parts, x_MK.new_zeros(rest, weight_ENK.shape[1])])
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Any:
+        x_MK, weight_ENK, offsets_E1 = context.saved_tensors
+        (grad_MN,) = gradients
+        grad_x_MK, grad_weight_ENK = torch.zeros_like(x_MK), torch.zeros_like(weight_ENK)
+        for expert, rows in () if offsets_E1.is_meta else _groups(offsets_E1):
+            torch.mm(grad_MN[rows], weight_ENK[expert], out=grad_x_MK[rows])
+            torch.mm(grad_MN[rows].T, x_MK[rows], out=grad_weight_ENK[expert])
+        return grad_x_MK, grad_weight_ENK, None
+
+
+def _groups(offsets_E1: Tensor) -> Iterator[tuple[int, slice]]:
+    edges = offsets_E1.tolist()
+    for expert, (first, end) in enumerate(pairwise(edges)):
+        if first < end:
+            yield expert, slice(first, end)
+
+
+def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
+    """The model's layers with experts, in the order of the records."""
+    return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+
+
+@torch.no_grad()
+def balance(model: nn.Module, loads_LE: Tensor) -> None:
+    """Move loads and biases by the loads of a whole step, over all ranks (L, E), after its update."""
+    for layer, load_E in zip(mixtures(model), loads_LE.double(), strict=True):
+        router, mean = layer.router, load_E.mean()
+        if router.load is not None:  # an empty step would divide by 0: it has no labels, and is refused before
+            router.load.copy_(load_E / mean * router.even)
+        if router.bias is not None:
+            router.bias.add_((mean - load_E).sign().to(router.bias), alpha=layer.settings.bias_rate)

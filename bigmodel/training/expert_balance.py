@@ -1,0 +1,61 @@
+"""The balance of experts over whole steps: loads added up over micro-batches and ranks, moved into the model's state.
+
+In: a model that counts its loads (`bigmodel.model.experts`). Out: the model's loads and biases, equal on all ranks,
+which a checkpoint keeps; numbers for the step's record. Guarantees: loads are those of all tokens of the step, so that
+they depend on neither ranks nor micro-batches; a skipped step moves nothing. Costs: layers * experts numbers more in
+the sum that ends each step.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from bigmodel.metrics.recorder import ExpertLoads
+from bigmodel.model.experts import balance, mixtures
+from bigmodel.model.transformer import Transformer
+
+
+class ExpertBalance:
+    """Call `begin` before a step's micro-batches, `take` after them, and `move` after the update. Does nothing for a
+    model without experts."""
+
+    def __init__(self, model: Transformer) -> None:
+        layers = mixtures(model)
+        self._model, self._shape = model, (len(layers), layers[0].settings.count if layers else 0)
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        self._model.loads_LE = self._model.router_z_sum = 0.0
+
+    def take(self) -> list[float]:
+        """This rank's sums, to be added up over the ranks. Waits for the device."""
+        loads_LE = self._model.loads_LE
+        if isinstance(loads_LE, float):  # a model without experts
+            return []
+        return [float(self._model.router_z_sum), *map(float, loads_LE.flatten().tolist())]
+
+    def move(self, sums: Sequence[float], weight: float, skip: bool) -> ExpertLoads | None:
+        """Move the state by the sums over all ranks; `skip`: only describe them. weight: of the step's labels."""
+        if not sums:
+            return None
+        z_sum, *loads = sums
+        loads_LE = torch.tensor(loads, dtype=torch.float64).view(self._shape)
+        if not skip:
+            balance(self._model, loads_LE.to(self._model.embedding.weight.device))
+        return describe(loads_LE.tolist(), z_sum / weight)
+
+
+def describe(loads_LE: Sequence[Sequence[float]], z_mean: float) -> ExpertLoads:
+    """z_mean: of the labels, added up over the layers.
+
+    Example: loads 3, 1, 0, 0 of one layer: largest 3, entropy 0.406 (0.811 of 2 bits).
+    """
+    largest, entropy = [], []
+    for loads in loads_LE:
+        total = math.fsum(loads) or 1.0
+        shares = [load / total for load in loads]
+        largest.append(max(shares) * len(shares))
+        bits = -math.fsum(share * math.log(share) for share in shares if share)
+        entropy.append(bits / math.log(len(shares)) if len(shares) > 1 else 1.0)
+    return ExpertLoads(tuple(largest), tuple(entropy), z_mean / len(loads_LE))

@@ -1,0 +1,57 @@
+"""Settings of experts: what fits, and what is refused with which words."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from bigmodel.config.sections import explain
+from bigmodel.config.settings import Settings
+
+EXPERTS = {"count": 4}
+MASKED = {"objectives": [{"kind": "masked"}]}
+
+
+def settings_of(experts: dict[str, Any] | None = None, **sections: Any) -> Settings:
+    model = {"experts": EXPERTS | (experts or {})} | sections.pop("model", {})
+    return Settings.model_validate({"model": model} | sections)
+
+
+def test_an_encoder_may_have_experts() -> None:
+    settings = settings_of({"first_dense_layers": 2}, model={"kind": "encoder", "num_layers": 6}, data=MASKED)
+    assert settings.model.num_expert_layers == 4
+    assert settings.model.expert_width == settings.model.intermediate_size
+    assert settings_of({"width": 80}).model.expert_width == 80
+    assert Settings().model.num_expert_layers == 0
+
+
+@pytest.mark.parametrize(
+    ("experts", "sections", "words"),
+    [
+        ({"per_token": 5}, {}, "model.experts.per_token = 5 exceeds model.experts.count = 4; lower it"),
+        (
+            {"first_dense_layers": 12},
+            {},
+            "first_dense_layers = 12 leaves no layer with experts of model.num_layers = 12",
+        ),
+        ({}, {"model": {"gated": False}}, "model.gated = false with model.experts: experts are gated"),
+        ({}, {"model": {"feed_forward_bias": True}}, "model.feed_forward_bias = true with model.experts"),
+        (
+            {},
+            {"model": {"kind": "encoder_decoder"}, "data": {"source_sequence_length": 64}},
+            'model.experts with model.kind = "encoder_decoder"',
+        ),
+        ({}, {"model": {"kind": "rnn"}}, "model.experts = "),
+        ({}, {"lora": {"rank": 4}}, "lora.rank with model.experts: adapters of experts are not made; leave one"),
+        ({}, {"distillation": {"teacher": "runs/one"}}, "distillation.teacher with model.experts"),
+        ({}, {"classification": {"classes": ["a", "b"]}}, "classification.classes with model.experts"),
+        ({}, {"pruning": {"kind": "magnitude"}}, "pruning.kind with model.experts"),
+        ({}, {"training": {"scheduled_sampling": {}}}, "training.scheduled_sampling with model.experts"),
+        ({}, {"training": {"compile": True}}, "training.compile with model.experts"),
+        ({}, {"optimizer": {"kind": "adafactor"}}, 'optimizer.kind = "adafactor" with model.experts'),
+    ],
+)
+def test_what_does_not_fit_is_refused(experts: dict[str, Any], sections: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        settings_of(experts, **sections)
+    assert words in explain(refusal.value, Settings)

@@ -1,0 +1,44 @@
+"""The balance of experts over a step: sums over micro-batches, the record, skipped steps."""
+
+import pytest
+import torch
+
+from bigmodel.training.expert_balance import ExpertBalance, describe
+from tests.model.test_experts import batch_of, gradients, model_of
+
+
+def state_of(model: torch.nn.Module) -> dict[str, list[float]]:
+    return {name: buffer.tolist() for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.parametrize("kind", ["loss", "bias"])
+def test_a_step_moves_the_state_and_a_skipped_one_does_not(kind: str) -> None:
+    model = model_of(experts={"balance": kind})
+    balance, before = ExpertBalance(model), state_of(model)
+    batches = [batch_of(range(2)), batch_of(range(2, 4))]
+    gradients(model, batches)
+    sums = balance.take()
+    assert sum(sums[1:]) == 2 * 2 * 55, "2 layers, 2 experts of each of 55 tokens"
+    skipped = balance.move(sums, 55.0, skip=True)
+    assert state_of(model) == before
+    assert balance.move(sums, 55.0, skip=False) == skipped
+    assert state_of(model) != before
+    balance.begin()
+    gradients(model, batches[:1])
+    assert sum(balance.take()[1:]) == 2 * 2 * 41
+
+
+def test_a_model_without_experts_has_no_sums() -> None:
+    model = model_of(experts={"count": 0})
+    balance = ExpertBalance(model)
+    balance.begin()
+    gradients(model, [batch_of(range(1))])
+    assert balance.take() == []
+    assert balance.move([], 21.0, skip=False) is None
+
+
+def test_loads_are_described_by_their_largest_and_their_entropy() -> None:
+    loads = describe([[3.0, 1.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, 9.0, 0.0, 0.0]], 6.0)
+    assert loads.largest == pytest.approx((3.0, 1.0, 4.0))
+    assert loads.entropy == pytest.approx((0.4056, 1.0, 0.0), abs=1e-4)
+    assert loads.router_z == 2.0
