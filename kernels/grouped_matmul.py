@@ -8,13 +8,11 @@ Formula, for the rows m from offsets[e] to offsets[e + 1] - 1, which are those o
 
 In: x (M, K) and weight (E, N, K) of one floating type; offsets (E + 1,) int32 on their device, from 0, never
 decreasing, at most M. Out: y (M, N), differentiable once. Guarantees: sums in fp32 (fp64 for fp64), rounded once; fp32
-products are exact, not TF32; padding is never read, so a NaN in it stays there; two runs agree bitwise. On a GPU also:
-a row's result depends on this row alone, bitwise; nothing waits for the device; shapes alone decide the grid and the
-compiled code, so other counts compile nothing again. Costs: 2 N K operations a row forward, 4 backward; on a GPU up to
-E tiles more than the rows fill. The offsets of a GPU are not checked.
-
-A CPU reads the offsets and multiplies expert by expert; there a row's last bits can depend on the number of rows
-beside it, as in any product of the matrix library.
+products are exact, not TF32; padding is never read, so a NaN in it stays there; two runs agree bitwise; a row of y and
+dx depends on this row alone, bitwise. dweight sums rows; its last bits depend on their places, and an edit of one
+document moves the rows of others. Nothing waits for a GPU, and shapes alone decide its grid and compiled code, so
+other counts compile nothing again. Costs: 2 N K operations a row forward, 4 backward; on a GPU up to E tiles more than
+the rows fill; on a CPU, expert by expert, fill-up to 16 rows, or in bf16 to 128. The offsets of a GPU are not checked.
 
 Why not a library's: torch 2.13's grouped_mm and DeepSpeed 0.19.8's group_gemm_triton leave padding rows of y and dx
 uninitialised (torch issue 154557), know no fp64, and torch's reads the offsets on the host before sm_90; DeepSpeed's
@@ -30,6 +28,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, library
 
 from bigmodel.kernels.cpu import is_wide
@@ -37,11 +36,16 @@ from bigmodel.kernels.triton_import import HAS_TRITON, INTERPRETED, tl, triton
 
 # Part 2: the reference, expert by expert; runs on CPU.
 
+# With fewer rows MKL adds in another order (fp32 and fp64 on AVX-512; 8 to 4,096 inputs).
+FEWEST_ROWS = 16
+# In bf16 oneDNN chooses the order by the number of rows, and makes code for each new number: 3.3 ms for 0.7.
+ROWS_OF_BF16 = 128
+
 
 def grouped_matmul_reference(x_MK: Tensor, weight_ENK: Tensor, offsets_E1: Tensor) -> Tensor:
     y_MN = x_MK.new_empty(len(x_MK), weight_ENK.shape[1])
     for expert, rows in enumerate(_experts_rows(offsets_E1, len(x_MK))):
-        _multiply(x_MK[rows], weight_ENK[expert].T, y_MN[rows])
+        _multiply_rows(x_MK[rows], weight_ENK[expert].T, y_MN[rows])
     y_MN[rows.stop :] = 0
     return y_MN
 
@@ -54,9 +58,11 @@ def gradients_reference(
     d_weight_ENK = torch.empty_like(weight_ENK) if need_weight else x_MK.new_empty(0)
     for expert, rows in enumerate(_experts_rows(offsets_E1, len(x_MK))):
         if need_x:
-            _multiply(dy_MN[rows], weight_ENK[expert], dx_MK[rows])
+            _multiply_rows(dy_MN[rows], weight_ENK[expert], dx_MK[rows])
         if need_weight:
-            _multiply(dy_MN[rows].T, x_MK[rows], d_weight_ENK[expert])
+            missing = -len(x_MK[rows]) % ROWS_OF_BF16 if _is_native_bf16(x_MK) else 0
+            dy_RN, x_RK = (F.pad(one[rows], (0, 0, 0, missing)) for one in (dy_MN, x_MK))
+            _multiply(dy_RN.T, x_RK, d_weight_ENK[expert])
     if need_x:
         dx_MK[rows.stop :] = 0
     return dx_MK, d_weight_ENK
@@ -72,12 +78,28 @@ def _experts_rows(offsets_E1: Tensor, num_rows: int) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(offsets)]
 
 
+def _multiply_rows(rows_MI: Tensor, right_IO: Tensor, out_MO: Tensor) -> None:
+    """out = rows @ right, by numbers of rows that give a row the same bits beside any others."""
+    at_once = ROWS_OF_BF16 if _is_native_bf16(out_MO) else max(FEWEST_ROWS, len(rows_MI))
+    for rows_RI, out_RO in zip(rows_MI.split(at_once), out_MO.split(at_once), strict=True):
+        if missing := at_once - len(rows_RI):
+            filled_RO = out_RO.new_empty(at_once, out_RO.shape[1])
+            _multiply(F.pad(rows_RI, (0, 0, 0, missing)), right_IO, filled_RO)
+            out_RO.copy_(filled_RO[: len(out_RO)])
+        else:
+            _multiply(rows_RI, right_IO, out_RO)
+
+
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     """out = left @ right, added up in fp32 at least and rounded once. Products over nothing are 0."""
     if is_wide(out):
         out.copy_(left.float() @ right.float())
     else:
         torch.mm(left, right, out=out)
+
+
+def _is_native_bf16(rows: Tensor) -> bool:
+    return rows.dtype == torch.bfloat16 and not is_wide(rows)
 
 
 # Part 3: Triton kernels.

@@ -6,6 +6,7 @@ from torch import Tensor, library
 
 from bigmodel.kernels.grouped_matmul import grouped_matmul, grouped_matmul_op
 from tests.support.grouped_products import (
+    Products,
     assert_as_exact_as_plain_torch,
     dense_results,
     make_products,
@@ -52,6 +53,23 @@ def test_padding_is_not_read_and_gives_zeros() -> None:
     assert (found.y_MN[11:] == 0).all()
     assert (found.dx_MK[11:] == 0).all()
     assert (found.d_weight_ENK[1] == 0).all()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(40, 24), (512, 320)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_row_depends_on_itself_alone_bitwise(dtype: torch.dtype, inputs: int, outputs: int) -> None:
+    """20 rows of one expert, all of them, the first few of them, and after 113 others of it and 9 of another one."""
+    alone = make_products(dtype, [20, 0], inputs=inputs, outputs=outputs)
+    moved = make_products(dtype, [133, 9], padding=4, inputs=inputs, outputs=outputs)
+    moved = moved._replace(weight_ENK=alone.weight_ENK)
+    moved.x_MK[113:133], moved.dy_MN[113:133] = alone.x_MK, alone.dy_MN
+    few, many = our_results(alone), our_results(moved)
+    assert torch.equal(few.y_MN, many.y_MN[113:133])
+    assert torch.equal(few.dx_MK, many.dx_MK[113:133])
+    for count in (1, 2, 7):
+        first = Products(alone.x_MK[:count], alone.weight_ENK, alone.offsets_E1.clamp_max(count), alone.dy_MN[:count])
+        assert torch.equal(our_results(first).y_MN, few.y_MN[:count])
+        assert torch.equal(our_results(first).dx_MK, few.dx_MK[:count])
 
 
 def test_only_padding_is_zero_and_so_are_its_gradients() -> None:
