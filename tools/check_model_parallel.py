@@ -13,14 +13,15 @@ the labels of all ranks, so that DeepSpeed's mean over ranks is that over labels
     update     of logits on a probe by the step: |ours - plain| / |plain|, so weights may lie anywhere
     same, other   a checkpoint of DeepSpeed, loaded by new ranks at the same degree and at degree 1: the same logits?
 
-Exact is below LIMIT. Ranks are forked from this process, which has imported everything. The result is a JSON file.
+Exact is below LIMIT. The result is a JSON file.
 """
 
+import faulthandler
 import json
-import multiprocessing
 import os
 import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,10 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
+
+from bigmodel.config.deepspeed_json import VERSION
+from tests.support.ranks import finish, start_ranks
+from tools.torchvision_operators import define_missing_torchvision_operators
 
 LIMIT = 1e-5
 VOCABULARY, HIDDEN, EXPERTS, PER_TOKEN, WIDTH, LENGTH = 64, 32, 4, 2, 24, 12
@@ -203,44 +208,31 @@ def load(case: Case, folder: Path, saved: Case) -> dict[str, Any]:
     return {"loaded": float((found - plain[:2]).abs().max() / plain.abs().max())}
 
 
-def enter(rank: int, function: Any, case: Case, folder: Path, *more: Any) -> None:
+def enter(function: Callable[..., dict[str, Any]], case: Case, folder: Path, *more: Any) -> None:
     """A rank: its result, or its error, becomes a file."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks), "LOCAL_WORLD_SIZE": str(case.ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text(),
-    }  # fmt: skip
-    log = os.open(folder / f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(folder / f"log.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 5)
+    torch.set_num_threads(1)
+    define_missing_torchvision_operators()
     try:
         found = function(case, folder, *more)
     except BaseException as error:
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-    (folder / f"result.{rank}").write_text(json.dumps(found))
-    os._exit(0)
+    (folder / f"result.{os.environ['RANK']}").write_text(json.dumps(found))
 
 
-def run(function: Any, case: Case, folder: Path, *more: Any) -> dict[str, Any]:
+def run(function: Callable[..., dict[str, Any]], case: Case, folder: Path, *more: Any) -> dict[str, Any]:
     """The largest value of all ranks, or the first error."""
-    from bigmodel.launcher.network import free_port
-
-    (folder / "port").write_text(str(free_port()))
     for old in folder.glob("result.*"):
         old.unlink()
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=enter, args=(rank, function, case, folder, *more)) for rank in range(case.ranks)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(TIMEOUT_SECONDS)
-    ended = all(rank.exitcode is not None for rank in ranks)
-    for rank in ranks:
-        rank.kill()
+    codes = finish(start_ranks(case.ranks, enter, function, case, folder, *more), TIMEOUT_SECONDS)
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("result.*"))]
     errors = [one["error"] for one in found if "error" in one]
     if errors or len(found) < case.ranks:
-        return {"error": errors[0] if errors else "a rank died" if ended else "the ranks hang"}
+        return {"error": errors[0] if errors else f"exit codes of the ranks: {codes}"}
     return {key: max(one[key] for one in found) for key in found[0]}
 
 
@@ -260,24 +252,12 @@ def row_of(case: Case) -> dict[str, Any]:
         return row
 
 
-def import_everything() -> None:
-    from tools.torchvision_operators import define_missing_torchvision_operators
-
-    define_missing_torchvision_operators()
-    torch.set_num_threads(1)
-    import deepspeed  # noqa: F401
-    from transformers import LlamaForCausalLM  # noqa: F401
-
-
 def main(
     only: Annotated[str, typer.Option(help="experts or tensors")] = "",
     stages: Annotated[str, typer.Option(help="ZeRO stages, comma-separated")] = "0,1,2,3",
     out: Annotated[Path, typer.Option(help="the JSON file")] = Path("benchmarks/check_model_parallel.json"),
 ) -> None:
     """Run the cases, print a row each, and write them."""
-    import_everything()
-    from bigmodel.config.deepspeed_json import VERSION
-
     rows = []
     for kind in ("experts", "tensors"):
         for ranks, degree in ((2, 1), (2, 2), (4, 2), (4, 4)):
