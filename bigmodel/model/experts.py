@@ -4,7 +4,7 @@ In: states (T, H). Out: of each token the sum of its k experts' outputs times th
 
     logits_TE = x W, in fp32        scores_TE: softmax or sigmoid of the logits
     experts of a token: the k largest scores + bias_E; their weights: scores, without the bias, normalised if asked for
-    rows sorted by expert -> grouped gate and up -> activation -> grouped down -> rows by token, weighted, added
+    permute: rows by expert -> grouped gate and up -> activation -> grouped down -> unpermute: weighted, added
 
 Guarantees: no token is dropped, so that a token's output depends on its own state only; padding passes no expert and
 is not counted; recomputation routes as the first pass did. The number of an expert's tokens stays on the device.
@@ -21,16 +21,16 @@ loads (3, 2, 1), offsets (0, 3, 5, 6), rows 6 and 7 belong to no expert.
 Letters: T positions, H hidden_size, E experts, K experts of a token, A = T * K pairs, I expert width, L expert layers.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bigmodel.config.settings import ModelSettings
 from bigmodel.data.load.batch import IGNORED, Batch
-from bigmodel.kernels.cpu import is_wide
+from bigmodel.kernels.grouped_matmul import grouped_matmul
+from bigmodel.kernels.permute import expert_rows, permute, unpermute
 from bigmodel.model.layers import ACTIVATIONS, FeedForward
 
 
@@ -143,14 +143,11 @@ class MixtureOfExperts(nn.Module):
         experts_TK, weights_TK = self.choose(scores_TE)
         if routing is not None and routing.padding_T is not None:  # padding belongs to no expert
             experts_TK = experts_TK.masked_fill(routing.padding_T[:, None], self.settings.count)
-        order_A, load_E, offsets_E1 = sort_by_expert(experts_TK.flatten(), self.settings.count)
-        place_A = torch.empty_like(order_A)
-        place_A[order_A] = torch.arange(len(order_A), device=order_A.device)
-        y_AH = self.experts(Dispatch.apply(x_TH, order_A, place_A), offsets_E1)
-        y_TKH = Reorder.apply(y_AH, place_A, order_A).unflatten(0, experts_TK.shape)
-        out_TH = (y_TKH * weights_TK[..., None]).sum(1).to(x_TH.dtype)
+        place_TK, offsets_E1 = expert_rows(experts_TK, self.settings.count)
+        y_AH = self.experts(permute(x_TH, place_TK), offsets_E1)
+        out_TH = unpermute(y_AH, place_TK, weights_TK)
         if routing is not None and routing.records:
-            routing.record(load_E, *self.terms(logits_TE, scores_TE, routing.weight_T))
+            routing.record(offsets_E1.diff().long(), *self.terms(logits_TE, scores_TE, routing.weight_T))
         return out_TH if self.shared is None else out_TH + self.shared(x_TH)
 
     def choose(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,81 +170,6 @@ class MixtureOfExperts(nn.Module):
             p_E = (p_TE * weight_T[:, None]).sum(0)
             term = term + settings.balance_weight * settings.count * (self.router.load * p_E).sum()
         return term, z_sum.detach()
-
-
-def sort_by_expert(expert_A: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs in the order of experts, stable (A,); loads (E,) int64; offsets (E + 1,) int32. Pairs of no expert,
-    numbered `count`, come last."""
-    order_A = expert_A.argsort(stable=True)
-    load_E = expert_A.new_zeros(count + 1).scatter_add_(0, expert_A, torch.ones_like(expert_A))[:count]
-    return order_A, load_E, nn.functional.pad(load_E.cumsum(0), (1, 0)).to(torch.int32)
-
-
-class Dispatch(torch.autograd.Function):
-    """Rows of tokens (T, H) to rows of pairs (A, H) in the order of experts. The gradient is a gather and a sum of K
-    rows, in one order: torch's own adds rows in any order on a GPU."""
-
-    @staticmethod
-    def forward(context: Any, x_TH: Tensor, order_A: Tensor, place_A: Tensor) -> Tensor:
-        context.save_for_backward(place_A)
-        context.num_tokens = len(x_TH)
-        return x_TH[order_A // (len(order_A) // max(1, len(x_TH)))]
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Any:
-        (place_A,) = context.saved_tensors
-        return gradients[0][place_A].unflatten(0, (context.num_tokens, -1)).sum(1), None, None
-
-
-class Reorder(torch.autograd.Function):
-    """Rows in another order, a permutation, and its inverse for the gradient."""
-
-    @staticmethod
-    def forward(context: Any, x_AH: Tensor, order_A: Tensor, inverse_A: Tensor) -> Tensor:
-        context.save_for_backward(inverse_A)
-        return x_AH[order_A]
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Any:
-        (inverse_A,) = context.saved_tensors
-        return gradients[0][inverse_A], None, None
-
-
-def grouped_matmul(x_MK: Tensor, weight_ENK: Tensor, offsets_E1: Tensor) -> Tensor:
-    """(M, N): rows [offsets[e], offsets[e + 1]) of x times weight[e].T; 0 in the rows behind the last one."""
-    wide = is_wide(x_MK)
-    x, weight = (x_MK.float(), weight_ENK.float()) if wide else (x_MK, weight_ENK)
-    return GroupedProduct.apply(x, weight, offsets_E1).to(x_MK.dtype)
-
-
-class GroupedProduct(torch.autograd.Function):
-    """One product after another. The gradient of an expert without rows is 0."""
-
-    @staticmethod
-    def forward(context: Any, x_MK: Tensor, weight_ENK: Tensor, offsets_E1: Tensor) -> Tensor:
-        context.save_for_backward(x_MK, weight_ENK, offsets_E1)
-        if offsets_E1.is_meta:  # of the memory plan
-            return torch.mm(x_MK, weight_ENK[0].T)
-        parts = [torch.mm(x_MK[rows], weight_ENK[expert].T) for expert, rows in _groups(offsets_E1)]
-        rest = len(x_MK) - sum(map(len, parts))
-        return torch.cat([*parts, x_MK.new_zeros(rest, weight_ENK.shape[1])])
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Any:
-        x_MK, weight_ENK, offsets_E1 = context.saved_tensors
-        (grad_MN,) = gradients
-        grad_x_MK, grad_weight_ENK = torch.zeros_like(x_MK), torch.zeros_like(weight_ENK)
-        for expert, rows in () if offsets_E1.is_meta else _groups(offsets_E1):
-            torch.mm(grad_MN[rows], weight_ENK[expert], out=grad_x_MK[rows])
-            torch.mm(grad_MN[rows].T, x_MK[rows], out=grad_weight_ENK[expert])
-        return grad_x_MK, grad_weight_ENK, None
-
-
-def _groups(offsets_E1: Tensor) -> Iterator[tuple[int, slice]]:
-    edges = offsets_E1.tolist()
-    for expert, (first, end) in enumerate(pairwise(edges)):
-        if first < end:
-            yield expert, slice(first, end)
 
 
 def mixtures(model: nn.Module) -> list[MixtureOfExperts]:

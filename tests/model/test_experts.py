@@ -11,7 +11,7 @@ from torch import Tensor
 from bigmodel.config.settings import DataSettings, ModelSettings
 from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
 from bigmodel.data.plan.shuffle import Chunk
-from bigmodel.model.experts import MixtureOfExperts, Routing, balance, mixtures, sort_by_expert
+from bigmodel.model.experts import MixtureOfExperts, Routing, balance, mixtures
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 
@@ -141,13 +141,6 @@ def test_padding_of_a_batch_is_where_no_document_is() -> None:
     assert batch.padding is not None
     assert (~batch.padding).view(4, SIZE).sum(1).tolist() == [sum(lengths) for lengths in LENGTHS]
     assert torch.equal(batch.padding, batch.labels == -100), "plain text has a label at every token"
-
-
-def test_pairs_are_sorted_by_expert_and_those_of_padding_come_last() -> None:
-    order_A, load_E, offsets_E1 = sort_by_expert(torch.tensor([2, 0, 3, 0, 1, 3, 0, 1]), 3)
-    assert order_A.tolist() == [1, 3, 6, 4, 7, 0, 2, 5]
-    assert load_E.tolist() == [3, 2, 1]
-    assert offsets_E1.tolist() == [0, 3, 5, 6]
 
 
 UNEVEN = {"balance_weight": 0.5, "router_z_weight": 0.01}

@@ -16,7 +16,8 @@ from bigmodel.training.checkpoint import format as checkpoint
 from tests.support.ranks import finish, kill, run_ranks, start_ranks
 from tests.support.tiny_run import write_run
 
-CASES = [(stage, precision) for stage in (1, 3) for precision in ("fp32", "bf16")]
+CASES = [(stage, precision, "") for stage in (1, 3) for precision in ("fp32", "bf16")]
+CASES += [(1, "bf16", "bias"), (3, "fp32", "loss")]  # balance of experts
 
 
 def train(run_file: Path, fault: str = "") -> int:
@@ -36,6 +37,7 @@ def steps(run_file: Path) -> list[dict]:
 def learned(run_file: Path) -> list[tuple]:
     """What training computed, exactly; not the seconds."""
     names = ("step", "loss", "gradient_norm", "learning_rate", "targets", "positions", "documents", "padding")
+    names += ("expert_loads",)
     return [tuple(line[name] for name in names) for line in steps(run_file)]
 
 
@@ -56,22 +58,24 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     """The run file of an uninterrupted run of this precision and stage, trained once."""
     trained: dict[tuple, Path] = {}
 
-    def train_once(precision: str = "fp32", stage: int = 1) -> Path:
-        if (precision, stage) not in trained:
-            run_file = write_run(tmp_path_factory.mktemp("whole"), shards, precision, stage, name="whole")
+    def train_once(precision: str = "fp32", stage: int = 1, balance: str = "") -> Path:
+        case = precision, stage, balance
+        if case not in trained:
+            folder = tmp_path_factory.mktemp("whole")
+            run_file = write_run(folder, shards, precision, stage, name="whole", balance=balance)
             run_ranks(2, train, run_file)
-            trained[precision, stage] = run_file
-        return trained[precision, stage]
+            trained[case] = run_file
+        return trained[case]
 
     return train_once
 
 
-@pytest.mark.parametrize(("stage", "precision"), CASES)
+@pytest.mark.parametrize(("stage", "precision", "balance"), CASES)
 def test_a_run_killed_at_a_random_instant_retraces_the_uninterrupted_one(
-    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path], stage: int, precision: str
+    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path], stage: int, precision: str, balance: str
 ) -> None:
-    whole = undisturbed(precision, stage)
-    broken = write_run(tmp_path, shards, precision, stage, name="broken")
+    whole = undisturbed(precision, stage, balance)
+    broken = write_run(tmp_path, shards, precision, stage, name="broken", balance=balance)
     ranks = start_ranks(2, train, broken)
     last = random.randint(5, 8)  # the checkpoint is that of step 4; the kill falls into steps 6 to 9
     while not (done := steps(broken)) or done[-1]["step"] < last:
