@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from bigmodel.config.sections import Section, setting
 
+# Strengths of the balance. They change no weight's shape and no evaluation.
+STRENGTHS = ("balance_weight", "bias_rate", "router_z_weight")
+
 
 class ExpertSettings(Section):
     """Mixture of experts (Shazeer et al. 2017): in place of one feed-forward layer many, of which a router chooses a

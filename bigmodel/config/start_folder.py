@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bigmodel.config.expert_settings import STRENGTHS
 from bigmodel.config.huggingface import read_config
 from bigmodel.config.json_file import read_json
 from bigmodel.config.model_settings import DRAWN, ModelSettings
@@ -42,16 +43,31 @@ def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     may_untie = theirs.position_embedding == "relative_bias" and not is_run(Path(folder))
     fixed = [name for name in SHAPES if name != "tied_embeddings" or not may_untie]
     different = [name for name in fixed if name in model and model[name] != getattr(theirs, name)]
+    if "experts" in model and not _has_experts(theirs, model["experts"]):
+        raise UserError(
+            f"{origin}: model.experts: not those of model.from = {json.dumps(folder)}; leave them out, or change only "
+            f"{', '.join(STRENGTHS)}"
+        )
     if different:
         listed = "; ".join(f"model.{name} = {model[name]!r} (there {getattr(theirs, name)!r})" for name in different)
         raise UserError(f"{origin}: {listed}: not the model of model.from = {json.dumps(folder)}; leave them out")
     settings = theirs.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
     done = {**table, "model": settings | {"min_vocabulary": rows} | model}
+    if theirs.experts is not None:
+        done["model"]["experts"] = settings["experts"] | model.get("experts", {})
     prepare = table.get("prepare", {})
     has_own = not isinstance(prepare, dict) or {"tokenizer", "vocabulary"} & set(prepare)
     if not has_own and (tokenizer / "tokenizer.json").is_file():
         done["prepare"] = {**prepare, "tokenizer": str(tokenizer)}
     return done
+
+
+def _has_experts(theirs: ModelSettings, given: Any) -> bool:
+    """Whether a table of `model.experts` states only what the model of the folder has."""
+    if theirs.experts is None or not isinstance(given, dict):
+        return False
+    known = theirs.experts.model_dump(mode="json")
+    return all(value == known.get(name, value) for name, value in given.items() if name not in STRENGTHS)
 
 
 def is_run(folder: Path) -> bool:

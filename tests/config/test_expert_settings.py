@@ -1,12 +1,15 @@
 """Settings of experts: what fits, and what is refused with which words."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from bigmodel.config.sections import explain
-from bigmodel.config.settings import Settings
+from bigmodel.config.settings import ModelSettings, Settings, UserError
+from bigmodel.config.start_folder import completed
 
 EXPERTS = {"count": 4}
 MASKED = {"objectives": [{"kind": "masked"}]}
@@ -23,6 +26,27 @@ def test_an_encoder_may_have_experts() -> None:
     assert settings.model.expert_width == settings.model.intermediate_size
     assert settings_of({"width": 80}).model.expert_width == 80
     assert Settings().model.num_expert_layers == 0
+
+
+def test_a_start_from_a_run_takes_its_experts(tmp_path: Path) -> None:
+    def completed_with(model: dict[str, Any]) -> dict[str, Any]:
+        return completed({"model": {"from": str(tmp_path)} | model}, tmp_path / "new.toml")["model"]
+
+    saved = ModelSettings(experts=EXPERTS | {"width": 48}).model_dump(mode="json")
+    (tmp_path / "settings.json").write_text(json.dumps({"data": {"directory": "data"}}))
+    (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
+    state = tmp_path / "checkpoints/step-00000004/state.json"
+    state.write_text(json.dumps({"model": saved, "shapes": {"embedding.weight": [90, 768]}}))
+    assert completed_with({})["experts"]["width"] == 48
+    more = completed_with({"experts": {"count": 4, "balance_weight": 0.5}})["experts"]
+    assert (more["count"], more["width"], more["balance_weight"]) == (4, 48, 0.5)
+    with pytest.raises(UserError, match=r"new.toml: model.experts: not those of model.from .* leave them out"):
+        completed_with({"experts": {"count": 8}})
+    state.write_text(
+        json.dumps({"model": ModelSettings().model_dump(mode="json"), "shapes": {"embedding.weight": [9]}})
+    )
+    with pytest.raises(UserError, match=r"model.experts: not those of model.from"):
+        completed_with({"experts": {"count": 4}})
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bigmodel.config.expert_settings import STRENGTHS
 from bigmodel.config.model_settings import DRAWN
 from bigmodel.config.renamed import new_keys
 from bigmodel.config.sections import without_effect
@@ -325,12 +326,21 @@ def _compare_model(checkpoint: Checkpoint, settings: Settings) -> None:
     unread = without_effect(ModelSettings.model_construct(**then))
     free = {f"model.{name}" for name in (*DRAWN, "backpropagation_tokens", *unread)}
     pairs["optimizer.kind"] = (settings.optimizer.kind, checkpoint.description["optimizer"])
+    pairs |= _pairs_of_experts(*pairs.pop("model.experts"))
     for name, (mine, its) in pairs.items():
         if name not in free and mine != its:
             raise UserError(
                 f"{name} = {mine}, but checkpoint {checkpoint.path} was made with {its}; "
                 "set it back, choose another run.directory, or start over with --fresh"
             )
+
+
+def _pairs_of_experts(now: dict[str, Any] | None, then: dict[str, Any] | None) -> dict[str, tuple[Any, Any]]:
+    """What may not change of them."""
+    if not now or not then:
+        return {"model.experts": (now, then)}
+    names = sorted((now.keys() | then.keys()) - set(STRENGTHS))
+    return {f"model.experts.{name}": (now.get(name), then.get(name)) for name in names}
 
 
 def _compare_adapters(checkpoint: Checkpoint, settings: Settings) -> None:

@@ -325,6 +325,24 @@ def test_another_model_is_refused_by_name_and_changes_nothing(tmp_path: Path) ->
     assert weights.same_as(Weights(4))
 
 
+def test_of_experts_only_the_strengths_of_the_balance_may_change(tmp_path: Path) -> None:
+    def settings_of(**experts: Any) -> Settings:
+        return Settings.model_validate({"model": {"experts": {"count": 4} | experts}})
+
+    saving.save(tmp_path, Weights(4), {"step": 4, "cursor": {}}, settings_of(), ALONE)
+    found, weights = checkpoint.newest(tmp_path), Weights(9)
+    assert found is not None
+    for other, words in (
+        (settings_of(per_token=1), r"per_token = 1, but checkpoint .* was made with 2"),
+        (settings_of(balance="bias"), r"balance = bias, but checkpoint .* was made with loss"),
+        (SETTINGS, r"model\.experts = None, but checkpoint .* was made with \{"),
+    ):
+        with pytest.raises(UserError, match=words):
+            checkpoint.load(found, weights, other, ALONE)
+    checkpoint.load(found, weights, settings_of(balance_weight=0.5, router_z_weight=0.1), ALONE)
+    assert weights.same_as(Weights(4))
+
+
 def test_a_setting_younger_than_the_checkpoint_had_its_default_then(tmp_path: Path) -> None:
     save(tmp_path, 4)
     found = checkpoint.newest(tmp_path)
