@@ -32,13 +32,14 @@ import typer
 from torch import Tensor, nn
 
 from bigmodel.config.deepspeed_json import VERSION
+from bigmodel.training.zero.engine import import_deepspeed
 from tests.support.ranks import finish, start_ranks
 from tools.torchvision_operators import define_missing_torchvision_operators
 
 LIMIT = 1e-5
 VOCABULARY, HIDDEN, EXPERTS, PER_TOKEN, WIDTH, LENGTH = 64, 32, 4, 2, 24, 12
 IGNORED = -100
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 90
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ def settings(case: Case) -> dict[str, Any]:
     found: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
         "gradient_clipping": 1e9,  # the norm is then computed
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 0},
@@ -163,12 +165,10 @@ def settings(case: Case) -> dict[str, Any]:
 
 
 def make_engine(case: Case) -> Any:
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     deepspeed.init_distributed("gloo")
     model = make_model(case.kind)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(case))
+    engine, *_ = deepspeed.initialize(model=model, config=settings(case))
     return engine
 
 
@@ -260,7 +260,7 @@ def main(
     """Run the cases, print a row each, and write them."""
     rows = []
     for kind in ("experts", "tensors"):
-        for ranks, degree in ((2, 1), (2, 2), (4, 2), (4, 4)):
+        for ranks, degree in ((2, 2), (4, 2), (4, 4)):
             for stage in map(int, stages.split(",")):
                 if only in kind:
                     rows.append(row_of(Case(kind, ranks, degree, stage)))
