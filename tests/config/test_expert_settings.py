@@ -42,9 +42,8 @@ def test_a_start_from_a_run_takes_its_experts(tmp_path: Path) -> None:
     assert (more["count"], more["width"], more["balance_weight"]) == (4, 48, 0.5)
     with pytest.raises(UserError, match=r"new.toml: model.experts: not those of model.from .* leave them out"):
         completed_with({"experts": {"count": 8}})
-    state.write_text(
-        json.dumps({"model": ModelSettings().model_dump(mode="json"), "shapes": {"embedding.weight": [9]}})
-    )
+    dense = ModelSettings().model_dump(mode="json")
+    state.write_text(json.dumps({"model": dense, "shapes": {"embedding.weight": [90, 768]}}))
     with pytest.raises(UserError, match=r"model.experts: not those of model.from"):
         completed_with({"experts": {"count": 4}})
 
