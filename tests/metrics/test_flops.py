@@ -93,6 +93,19 @@ def test_mtp_modules_pass_their_blocks_and_the_head_again() -> None:
     assert matrix_weights(plain, 100).of_position == 2 * (32 * 8 * (4 + 4 + 4 + 4) + 3 * 32 * 40) + 100 * 32
 
 
+def test_a_token_passes_its_own_experts_and_padding_none() -> None:
+    experts = {"count": 8, "per_token": 2, "width": 20, "shared": 1, "first_dense_layers": 1}
+    settings = ModelSettings(num_layers=3, hidden_size=32, num_heads=4, intermediate_size=40, experts=experts)
+    attention, one = 32 * 8 * (4 + 4 + 4 + 4), 3 * 32 * 20
+    found = matrix_weights(settings, 100)
+    assert found.of_position == 3 * attention + 3 * 32 * 40 + 2 * (3 * one + 8 * 32) + 100 * 32
+    assert found.of_experts == 2 * 2 * one
+    work = Work(positions=32, pairs=0)
+    counted = flops(settings, 100, work, (36, 0), padding=(4, 0))
+    assert counted.causal == 6 * found.of_position * 32
+    assert counted.hardware == counted.causal + 6 * (found.of_position - found.of_experts) * 4
+
+
 def test_the_conventions_differ_in_the_pairs_and_the_padding_only() -> None:
     settings = ModelSettings(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=48)
     work = Work(positions=32, pairs=2 * 214)  # documents of 9, 1, 17 and 5, in 2 layers
