@@ -97,6 +97,7 @@ def problem_beside_experts(settings: Any) -> str:
         "distillation.teacher": (settings.distillation.teacher, None, "it is not tested with experts"),
         "pruning.kind": (getattr(settings.pruning, "kind", None), "none", "experts are not pruned"),
         "training.scheduled_sampling": (training.scheduled_sampling, None, "its first pass would be routed too"),
+        "model.mup_base_width": (settings.model.mup_base_width, 0, "muP has no tested rule for routers"),
         "training.compile": (training.compile, False, "the number of an expert's tokens changes with each batch"),
     }
     for name, (value, default, reason) in given.items():

@@ -70,6 +70,7 @@ def test_a_start_from_a_run_takes_its_experts(tmp_path: Path) -> None:
         ({}, {"classification": {"classes": ["a", "b"]}}, "classification.classes with model.experts"),
         ({}, {"pruning": {"kind": "magnitude"}}, "pruning.kind with model.experts"),
         ({}, {"training": {"scheduled_sampling": {}}}, "training.scheduled_sampling with model.experts"),
+        ({}, {"model": {"mup_base_width": 256}}, "model.mup_base_width with model.experts"),
         ({}, {"training": {"compile": True}}, "training.compile with model.experts"),
         ({}, {"optimizer": {"kind": "adafactor"}}, 'optimizer.kind = "adafactor" with model.experts'),
     ],
