@@ -24,7 +24,7 @@ from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.plan.mixing import Stage, stages
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.planned import PackTable
-from bigmodel.data.store.manifest import Manifest, stored_amount
+from bigmodel.data.store.manifest import Manifest
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.planning.context import Context
 from bigmodel.planning.part import Part, Row
@@ -197,7 +197,7 @@ def _prepared(settings: Settings, manifest: Manifest, packs: int) -> tuple[list[
     if data.source_sequence_length:
         filled = f"{packed.filled:.1%}, {packed.source_filled:.1%}"
     rows.append(Row("filled", filled, f"of {packed.packs:,} packed sequences of lane 0, planned as in the run"))
-    if not any("target_tokens" in manifest.counts[source]["train"] for source in manifest.sources):
+    if not any({"target_tokens", "trained_tokens"} & {*counts["train"]} for counts in manifest.counts.values()):
         longest = int(Examples(data, 0).longest.max())
         note = f"of the tokens; a longer text than {longest:,} is split (data.max_document_length)"
         rows.append(Row("documents not split", f"{whole:.1%}", note))
@@ -259,7 +259,8 @@ def _budget_row(settings: Settings, wanted: float) -> Row:
 
 
 def _stored_bytes_per_token(manifest: Manifest) -> float:
-    tokens = sum(stored_amount(counts[split], "tokens") for counts in manifest.counts.values() for split in counts)
+    """All that is stored over the tokens that mix and passes count: of pairs, those of the source texts."""
+    tokens = sum(counts[split]["tokens"] for counts in manifest.counts.values() for split in counts)
     size = sum(entry["bytes"] for path, entry in manifest.files.items() if ".mds" in path)
     return size / max(1, tokens)
 
