@@ -2,7 +2,8 @@
 
 In: settings, the manifest of the prepared data or None. Out: the `Work` of one full packed sequence, and the mean
 length of its documents. The manifest counts documents by powers of two of their tokens (all sources and splits): the
-lengths are spread evenly inside each power, on a logarithmic scale, and scaled to the tokens counted. Imports no torch.
+lengths are spread evenly inside each power, on a logarithmic scale, and scaled to the tokens counted: pairs within 2%,
+where all documents are of nearly one length within 8%. Imports no torch.
 
 Example: documents of 1,000 tokens in packed sequences of 8,000: 8 * 1,000 * 1,001 / 2 pairs a layer.
 """

@@ -166,7 +166,7 @@ def time_part(context: "Context", found: StepTime) -> Part:
         sent = found.sent_bytes.get(name)
         note = f"{seconds / found.seconds:.1%}" + (f"; a rank sends {byte_size(sent)}" if sent else "")
         rows.append(Row(f"  {name.replace('_', '-')}", _seconds(seconds), note))
-    rows += assumptions(context, found)
+    assumed = assumptions(context, found)
     numbers: dict[str, Any] = {
         "step_seconds": found.seconds,
         "phases_seconds": found.phases,
@@ -180,9 +180,9 @@ def time_part(context: "Context", found: StepTime) -> Part:
         "micro_batches": demand.micro_batches,
         "peak_flops_per_second": rates.peak_flops or found.hardware.peak_flops,
         "rates": rates._asdict(),
-        "assumptions": [f"{row.name}: {row.value} ({row.note})" for row in rows if row in assumptions(context, found)],
+        "assumptions": [f"{row.name}: {row.value} ({row.note})" for row in assumed],
     }
-    return Part("time", rows, numbers)
+    return Part("time", rows + assumed, numbers)
 
 
 def assumptions(context: "Context", found: StepTime) -> list[Row]:

@@ -96,13 +96,13 @@ def test_the_manifest_gives_nearly_the_pairs_of_the_lengths_themselves() -> None
     histogram = {str(2**power): int(count) for power, count in enumerate(bins) if count}
     statistics = {"histogram": histogram, "mean_tokens": float(lengths.mean())}
     manifest = Manifest("", 0, 0, 0, "", {}, {}, {}, {}, statistics, {}, {}, "", "", "")
-    for longest in (512, 2048, 8192):
+    for longest in (512, 1000, 2048):
         table = {"model": MODEL, "data": {"sequence_length": 8192, "max_document_length": longest}}
         settings = Settings.model_validate(table)
         exact = work_of_documents(settings, lengths.astype(np.float64))
         found = pack_work(settings, manifest)
         assert found.is_measured
-        assert found.work.pairs == pytest.approx(exact.work.pairs, rel=0.03), longest
+        assert found.work.pairs == pytest.approx(exact.work.pairs, rel=0.007), longest
     assert not pack_work(settings, None).is_measured
 
 
@@ -186,7 +186,7 @@ def test_ulysses_exchanges_heads() -> None:
 def test_the_run_has_its_ramp() -> None:
     ramped = with_settings(context(), batch_ramp=[(50, 32)])  # steps are counted from 0
     assert ramp_of(ramped.settings.training) == [(50, 16), (50, 32)]
-    assert ramp_of(with_settings(ramped, steps=50).settings.training) == [(50, 16)]
+    assert ramp_of(with_settings(ramped, steps=30).settings.training) == [(30, 16)]
     assert ramp_of(context().settings.training) == [(100, 16)]
     found = step_time(ramped)
     assert found.tokens == 32 * 256
