@@ -11,8 +11,7 @@ In: a context and, if a run was measured, a calibration. Out: `StepTime`, and a 
 A ring over n ranks sends (n - 1) / n of a gathered tensor, twice that of a summed one (Patarasuk & Yuan 2009); over
 nodes its rate is that of all adapters of a node together. Collectives are not hidden behind computation: DeepSpeed's
 overlap_comm is off by default here, and published steps of FSDP, which overlaps, fit best so. Not in the model: latency
-of collectives, waiting for the slowest rank and for data, a teacher, ZeRO++, state in files (nvme), and that recurrent
-layers run token after token.
+of collectives, waiting for the slowest rank and for data, what ZeRO++ saves, and what `not_counted` names, with a row.
 
 The default rates meet 14 rows of llm-foundry's published table within 8%, and predict 20 other rows within 13%
 (`tools.bench_plan`, benchmarks/bench_plan.json); there with the attention rate of its kernel, Triton's of 2023.
@@ -20,8 +19,10 @@ The default rates meet 14 rows of llm-foundry's published table within 8%, and p
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bigmodel.config.deepspeed_json import device_of
 from bigmodel.planning.hardware import GB, TERA, Hardware, hardware_of
 from bigmodel.planning.part import Part, Row
+from bigmodel.planning.state_memory import is_offloaded
 from bigmodel.planning.step_demand import BACKWARD_OF_ATTENTION, MOVED_AGAIN, Demand, ramp_of, step_demand
 from bigmodel.sizes import byte_size, duration
 
@@ -209,12 +210,27 @@ def assumptions(context: "Context", found: StepTime) -> list[Row]:
         rate = hardware.ring_rate * rates.link / GB
         rows.append(Row("collectives", f"{rate:,.0f} GB/s sent by a rank", f"{rates.link:.0%} of the slowest link"))
         rows.append(Row("hidden behind computation", "nothing", "overlap_comm is not counted on"))
+    if missing := not_counted(context):
+        rows.append(Row("not counted", ", ".join(missing), "a step takes longer by them"))
     if rates.measured:
         value = f"products {rates.slowdown:.3g} x, memory {rates.bytes_slowdown:.3g} x as long, "
         value += f"{1000 * rates.seconds_per_step:.3g} ms a step, "
         value += f"{1000 * rates.seconds_per_block:.3g} ms a block and micro-batch"
         rows.append(Row("calibrated", value, ", ".join(rates.measured)))
     return rows
+
+
+def not_counted(context: "Context") -> list[str]:
+    """What these settings do in a step and the model leaves out."""
+    settings, zero = context.settings, context.effective["zero_optimization"]
+    causes = {
+        "recurrent layers go token by token": settings.model.is_recurrent,
+        "the teacher": settings.distillation.teacher is not None,
+        "the first pass of scheduled sampling": settings.training.scheduled_sampling is not None,
+        "state in files": device_of(zero.get("offload_optimizer")) == "nvme",
+        "gathers of offloaded weights": is_offloaded(zero, "offload_param"),
+    }
+    return [name for name, is_there in causes.items() if is_there]
 
 
 def _seconds(seconds: float) -> str:

@@ -18,7 +18,7 @@ from bigmodel.planning.pack_work import pack_work, work_of_documents
 from bigmodel.planning.parameters import parameters_of
 from bigmodel.planning.reliability import reliability_part
 from bigmodel.planning.step_demand import passes_per_weight, ramp_of, step_demand
-from bigmodel.planning.step_time import Rates, step_time, time_part
+from bigmodel.planning.step_time import Rates, not_counted, step_time, time_part
 from bigmodel.training.trained import passes
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "tied_embeddings": True}
@@ -203,6 +203,18 @@ def test_the_part_says_its_assumptions_and_its_numbers_are_json() -> None:
     assert rows["hidden behind computation"].value == "nothing"
     assert json.loads(json.dumps(part.numbers))["micro_batches"] == 2
     assert any("H100" in line for line in part.numbers["assumptions"])
+
+
+def test_what_the_model_leaves_out_is_a_row() -> None:
+    plain, recurrent = context(), context(model={"kind": "lstm", "num_layers": 2, "hidden_size": 64})
+    assert not_counted(plain) == []
+    rows = {row.name: row.value for row in time_part(recurrent, step_time(recurrent)).rows}
+    assert rows["not counted"] == "recurrent layers go token by token"
+    plain.effective["zero_optimization"] |= {
+        "offload_optimizer": {"device": "nvme"},
+        "offload_param": {"device": "cpu"},
+    }
+    assert not_counted(plain) == ["state in files", "gathers of offloaded weights"]
 
 
 # ---- saves, failures, cost -------------------------------------------------------------------------------------------
