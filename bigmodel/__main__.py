@@ -655,6 +655,9 @@ def sweep(
         str, typer.Option(metavar="R,...", help="tokens per parameter; default: those of the run file")
     ] = "",
     rates: Annotated[str, typer.Option(metavar="RATE,...", help="learning rates; default: that of the run file")] = "",
+    fixed_depth: Annotated[
+        bool, typer.Option("--fixed-depth", help="all runs have the layers of the run file; default: in proportion")
+    ] = False,
     out: Annotated[Path, typer.Option(help="folder of the runs and the result")] = Path("runs/sweep"),
     ranks: Annotated[int, typer.Option(min=1, help="ranks of each run")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the ladder and its compute, run nothing")] = False,
@@ -668,7 +671,7 @@ def sweep(
 
     sizes = [int(one) for one in numbers_of("--widths", widths, whole=True)]
     ratios, tried = numbers_of("--tokens-per-parameter", tokens_per_parameter), numbers_of("--rates", rates)
-    code = run(Options(run_file, override, sizes, ratios, tried, out, ranks, dry_run, target))
+    code = run(Options(run_file, override, sizes, ratios, tried, out, ranks, dry_run, target, fixed_depth))
     if code:
         raise typer.Exit(code)
 

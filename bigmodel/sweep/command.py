@@ -50,6 +50,7 @@ class Options:
     ranks: int
     only_print: bool
     with_target: bool
+    fixed_depth: bool = False
 
 
 def numbers_of(option: str, text: str, whole: bool = False) -> list[float]:
@@ -72,7 +73,7 @@ def sweep(options: Options) -> int:
     settings = load_settings(options.run_file, list(options.override))
     vocabulary = vocabulary_of(settings)
     target = target_of(settings, vocabulary)
-    rungs = ladder(settings, vocabulary, options.widths, options.ratios, options.rates)
+    rungs = ladder(settings, vocabulary, options.widths, options.ratios, options.rates, options.fixed_depth)
     for rung in rungs:  # all settings are checked before anything runs
         load_settings(options.run_file, [*options.override, *rung.overrides])
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -120,6 +121,11 @@ def remarks(settings: Settings, rungs: Sequence[Rung]) -> list[str]:
         said.append(
             "model.mup_base_width = 0: all widths have one learning rate, whose optimum falls with width; set it to "
             "the width at which the rate was found, or give --rates"
+        )
+    if settings.model.num_layers > 1 and any(rung.num_layers == 1 for rung in rungs):
+        said.append(
+            "rungs of 1 layer: these cannot copy from context as deeper models do (Olsson et al. 2022), so that one "
+            "law does not fit both; use larger --widths, or --fixed-depth"
         )
     if len(rungs) < 3:
         said.append(f"{counted_noun(len(rungs), 'rung')}: a law needs 3, and 4 to give an interval")

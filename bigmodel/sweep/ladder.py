@@ -7,7 +7,7 @@ it. Rule of a rung of width w beside a target of width W and L layers:
     num_heads           w / head_dim
     num_kv_heads        w / W times the target's, to the divisor of num_heads that is nearest by ratio
     intermediate_size   w / W times the target's, to a multiple of 8
-    num_layers          w / W * L, rounded up at one half, at least 1
+    num_layers          w / W * L, rounded up at one half, at least 1; with fixed depth L
     steps               tokens per parameter * parameters / tokens of a step
     warm-up and decay   the share of the run that they have in the target
 
@@ -39,7 +39,7 @@ class Rung:
 
     @property
     def name(self) -> str:
-        return f"width-{self.width}-steps-{self.steps}-rate-{self.rate:g}"
+        return f"layers-{self.num_layers}-width-{self.width}-steps-{self.steps}-rate-{self.rate:g}"
 
     @property
     def compute(self) -> float:
@@ -81,12 +81,13 @@ def ladder(
     widths: Sequence[int],
     ratios: Sequence[float] = (),
     rates: Sequence[float] = (),
+    fixed_depth: bool = False,
 ) -> list[Rung]:
     """All rungs, the least compute first. ratios: tokens per parameter; empty: the target's. rates: learning rates;
-    empty: the target's. Raises `UserError`."""
+    empty: the target's. fixed_depth: all have the target's layers. Raises `UserError`."""
     target = target_of(settings, vocabulary)
     rungs = [
-        rung_of(settings, vocabulary, width, ratio, rate)
+        rung_of(settings, sized(settings.model, width, fixed_depth), vocabulary, ratio, rate)
         for width in widths
         for ratio in ratios or [target.tokens / target.parameters]
         for rate in rates or [target.rate]
@@ -94,8 +95,7 @@ def ladder(
     return sorted(rungs, key=lambda one: (one.compute, one.rate))
 
 
-def rung_of(settings: Settings, vocabulary: int, width: int, ratio: float, rate: float) -> Rung:
-    model = sized(settings.model, width)
+def rung_of(settings: Settings, model: ModelSettings, vocabulary: int, ratio: float, rate: float) -> Rung:
     smaller = settings.model_copy(update={"model": model})
     parameters, _ = size_of(smaller, vocabulary)
     per_step = settings.training.global_batch_size * settings.data.sequence_length
@@ -112,13 +112,13 @@ def rung_of(settings: Settings, vocabulary: int, width: int, ratio: float, rate:
         f"optimizer.learning_rate={rate!r}",
         *(f"schedule.{name}={value}" for name, value in lengths.items()),
     ]
-    return Rung(width, model.num_layers, rate, parameters, steps * per_step, steps, tuple(overrides))
+    return Rung(model.hidden_size, model.num_layers, rate, parameters, steps * per_step, steps, tuple(overrides))
 
 
 SIZES = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
 
 
-def sized(model: ModelSettings, width: int) -> ModelSettings:
+def sized(model: ModelSettings, width: int, fixed_depth: bool = False) -> ModelSettings:
     """The model of that width by the rule above. Raises `UserError`."""
     head = model.resolved_head_dim
     if width % head or not 0 < width < model.hidden_size:
@@ -131,7 +131,7 @@ def sized(model: ModelSettings, width: int) -> ModelSettings:
     divisors = [number for number in range(1, heads + 1) if heads % number == 0]
     return model.model_copy(
         update={
-            "num_layers": max(1, int(share * model.num_layers + 0.5)),
+            "num_layers": model.num_layers if fixed_depth else max(1, int(share * model.num_layers + 0.5)),
             "hidden_size": width,
             "num_heads": heads,
             "num_kv_heads": min(divisors, key=lambda number: abs(math.log(number / wanted))),

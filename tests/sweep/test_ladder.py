@@ -30,6 +30,7 @@ def test_sizes_are_in_proportion_and_heads_are_equally_large() -> None:
     assert (model.num_kv_heads, model.intermediate_size, model.num_layers) == (1, 128, 2)
     assert sized(settings_with().model, 64).num_layers == 3
     assert sized(settings_with().model, 16).num_layers == 1
+    assert sized(settings_with().model, 16, fixed_depth=True).num_layers == 6
     assert sized(settings_with().model, 112).num_kv_heads == 7  # 3.5 are wanted; 7 heads divide by 1 and 7
 
 
