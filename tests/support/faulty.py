@@ -31,7 +31,8 @@ class Fault:
     no room: for `steps` steps from that one on no file can become larger than `limit_of` is now, or `room_bytes`.
 
     spoilt: data steps that are not finite on any rank; spoilt_in: a file with more of them, which may come later,
-    but before these steps. journal: gets the Unix time at which the fault happened."""
+    but before these steps. loud_in: the same for steps that are loud. slow_while: while this file is there, each
+    document takes 50 ms to read. journal: gets the Unix time at which the fault happened."""
 
     kind: str = ""
     rank: int = 1
@@ -45,15 +46,23 @@ class Fault:
     limit_of: Path | None = None
     spoilt: tuple[int, ...] = ()
     spoilt_in: Path | None = None
+    loud_in: Path | None = None
+    slow_while: Path | None = None
     journal: Path | None = None
 
     def spoils(self, step: int) -> bool:
-        told = self.spoilt_in.read_text().split() if self.spoilt_in and self.spoilt_in.exists() else ()
-        return step in self.spoilt or str(step) in told
+        return step in self.spoilt or is_told(self.spoilt_in, step)
+
+    def is_loud(self, step: int) -> bool:
+        return (self.kind == LOUD and step == self.step) or is_told(self.loud_in, step)
 
     def happens(self) -> None:
         if self.journal:
             self.journal.write_text(repr(time.time()))
+
+
+def is_told(file: Path | None, step: int) -> bool:
+    return bool(file and file.exists() and str(step) in file.read_text().split())
 
 
 def train(fault: Fault, arguments: list[str], output: Path) -> int:
@@ -101,9 +110,10 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
                 STRIKES[fault.kind](fault, self.model)
             if fault.kind == NO_ROOM and self.at >= fault.step + fault.steps:
                 limit_files(resource.RLIM_INFINITY)
-            is_loud = fault.kind == LOUD and self.at == fault.step
-            return super().micro_batch(batch, num_labels / 2000 if is_loud else num_labels, last)
+            return super().micro_batch(batch, num_labels / 2000 if fault.is_loud(self.at) else num_labels, last)
 
+    if fault.slow_while:
+        read_slowly(fault.slow_while)
     loop.Engine, loop.Stream = Engine, Stream  # type: ignore[assignment, misc]
     return command(arguments, output)
 
@@ -139,6 +149,20 @@ def stall(fault: Fault, model: Any) -> None:
 
     fault.happens()
     ReadAhead.document = lambda self, *place: threading.Event().wait()  # type: ignore[assignment, method-assign]
+
+
+def read_slowly(file: Path) -> None:
+    """Each document takes 50 ms, while the file is there."""
+    from bigmodel.data.load.readahead import ReadAhead
+
+    at_once = ReadAhead.document
+
+    def document(self: ReadAhead, *place: Any) -> Any:
+        if file.exists():
+            time.sleep(0.05)
+        return at_once(self, *place)
+
+    ReadAhead.document = document  # type: ignore[method-assign]
 
 
 def fill_disk(fault: Fault, model: Any) -> None:
