@@ -1,12 +1,12 @@
 """CPU seconds of `bigmodel watch` in a terminal, on a long run that goes on.
 
-    python -m tools.bench_watch_view [--steps 100000] [--seconds 60] [--rounds 10] [--against CHECKOUT]
-                                                   writes benchmarks/bench_watch_view.json; --against: in turn with it
+    python -m tools.bench_watch_view [--steps 100000] [--seconds 60] [--rounds 10]
+                                                                            writes benchmarks/bench_watch_view.json
 
 The run directory has lines as the recorder writes them, 1.1 kB each; a step is added every half second. The view runs
 in a pseudo-terminal of 80 x 24. CPU seconds are the process's own, from its start, by the kernel; those up to its first
-frame (imports, the whole file) stand beside those after it. The rounds are whole processes without a terminal, which
-print one frame of the same run: median, least and most.
+frame (imports, the whole file) stand beside those after it. Before that, in rounds, the reading alone, steps in a row at
+once and line by line in turn: median, least and most.
 """
 
 import argparse
@@ -24,9 +24,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bigmodel.checks.scratch import scratch_folder
+from bigmodel.inspect.growing_file import GrowingFile
+from bigmodel.inspect.watched_run import Numbers
 from bigmodel.metrics.recorder import Flops, LossGroup, StepRecord
 from bigmodel.run_directory import record_event, write_json
-from tools.bench_report import measured
 from tools.measure import ROOT, Record
 
 ALL_SIX = ("data", "forward", "backward", "communication", "optimizer")
@@ -86,28 +87,41 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--against", type=Path, help="another checkout of this project, measured in turn")
     options = parser.parse_args()
     record = Record(ROOT / "benchmarks", "bench_watch_view", "cpu")
-    sides = {"one frame": ROOT, **({"one frame, before": options.against} if options.against else {})}
-    rounds: dict[str, list[float]] = {side: [] for side in sides}
     with scratch_folder() as folder:
         directory = folder / "run"
         directory.mkdir()
         began = make_run(directory, options.steps)
         size = (directory / "metrics.jsonl").stat().st_size
-        for _ in range(options.rounds):
-            for side, checkout in sides.items():
-                rounds[side].append(measured([sys.executable, "-m", "bigmodel", "watch", str(directory)], checkout)[0])
+        case = {"case": f"{options.steps} steps, {size / 1e6:.0f} MB"}
+        rounds = [(reading(directory, True), reading(directory, False)) for _ in range(options.rounds)]
+        for contender, found in zip(
+            ("reading, at once", "reading, line by line"), zip(*rounds, strict=True), strict=True
+        ):
+            numbers = {"cpu_seconds": round(statistics.median(found), 3), "rounds": options.rounds}
+            record.add(
+                {**case, "contender": contender, **numbers, "least": round(min(found), 3), "most": round(max(found), 3)}
+            )
         first, total = watched(directory, options.steps, began, options.seconds)
-    case = {"case": f"{options.steps} steps, {size / 1e6:.0f} MB"}
-    for side, found in rounds.items():
-        numbers = {"cpu_seconds": round(statistics.median(found), 3), "rounds": options.rounds}
-        record.add({**case, "contender": side, **numbers, "least": round(min(found), 3), "most": round(max(found), 3)})
     for contender, seconds in (("start, first frame", first), ("after it", total - first), ("together", total)):
         percent = {"wall_seconds": options.seconds, "percent": round(100 * seconds / options.seconds, 2)}
         record.add({**case, "contender": contender, "cpu_seconds": round(seconds, 3), **percent})
     record.show(["case", "contender", "cpu_seconds", "least", "most", "wall_seconds", "percent"])
+
+
+def reading(directory: Path, at_once: bool) -> float:
+    """CPU seconds of reading the run's lines once, without imports."""
+    file, numbers = GrowingFile(directory / "metrics.jsonl"), Numbers()
+    began = time.process_time()
+    file.has_more()
+    if at_once:
+        for block in file.blocks():
+            numbers.add_block(block)
+    else:
+        for line in file.lines():
+            numbers.add(line)
+    return time.process_time() - began
 
 
 def watched(directory: Path, steps: int, began: float, seconds: float) -> tuple[float, float]:

@@ -39,7 +39,7 @@ STEP_LINE = re.compile(
     rb'"step_seconds": ([^,]+), "data_wait_seconds": ([^,]+), "compile_seconds": ([^,]+), '
 )
 STEP_LINES = re.compile(STEP_LINE.pattern + rb'[^\n]*"spent": \{([^}\n]*)\}\}$', re.MULTILINE)
-SKIPPED = b'"skipped": t'
+SKIPPED = b'"skipped": true'
 SPENT = b'"spent": {'
 ONE_SPENT = re.compile(rb'"spent": \{"(\w+)": ([^,}]+)\}\}')
 
@@ -88,31 +88,32 @@ class Numbers:
 
     def add_block(self, block: bytes) -> None:
         """Add whole lines of metrics.jsonl."""
+        if self._add_steps(block):
+            return
         for are_steps, lines in runs_of_lines(block):
-            if not (are_steps and self._add_steps(lines)):
+            if not (are_steps and self._add_steps(b"\n".join([*lines, b""]))):
                 for line in lines:
                     self.add(line)
 
-    def _add_steps(self, lines: list[bytes]) -> bool:
-        """Add lines of steps, three times as fast as one by one. False, and nothing is added: they need a closer look.
-
-        The curve and the rates are the same in both ways, the seconds to the last bit."""
-        text = b"\n".join(lines)
+    def _add_steps(self, text: bytes) -> bool:
+        """Add whole lines, all of them steps, without a loop over lines of text. False, and nothing is added: they need
+        a closer look. The curve and the rates are the same in both ways, the seconds to the last bit."""
         found = STEP_LINES.findall(text)
-        if len(found) != len(lines) or SKIPPED in text:
+        if not found or len(found) != text.count(b"\n") or SKIPPED in text:
             return False
-        *numbers, spent = zip(*found, strict=True)
+        moments, *numbers, spent = zip(*found, strict=True)
         try:
-            moments, steps, losses, positions, seconds, waited, compiled = (list(map(float, one)) for one in numbers)
-            if self.accounting.add_steps(steps, moments[-1], seconds, waited, compiled, _spent_in(spent)) is None:
+            first, last = float(moments[0]), float(moments[-1])
+            steps, losses, positions, seconds, waited, compiled = (list(map(float, one)) for one in numbers)
+            if self.accounting.add_steps(steps, last, seconds, waited, compiled, _spent_in(spent)) is None:
                 return False
         except (ValueError, KeyError):
             return False
         for step, loss in zip(steps, losses, strict=True):
             self.curve.add(step, loss)
         self.recent.extend(zip(positions[-RECENT_STEPS:], seconds[-RECENT_STEPS:], strict=True))
-        self.begun = self.begun or (steps[0], moments[0])
-        self.under_way, self._step_line = None, lines[-1]
+        self.begun = self.begun or (steps[0], first)
+        self.under_way, self._step_line = None, text[text.rfind(b"\n", 0, -1) + 1 : -1]
         return True
 
     def add(self, line: bytes) -> None:
