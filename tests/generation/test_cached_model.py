@@ -27,6 +27,7 @@ OURS: dict[str, dict[str, Any]] = {
     "cross": {**SIDES, "qk_norm": True, "attention_softcap": 3.0, "separate_embeddings": True},
     "cross, bias": {**SIDES, **BIAS, "norm_placement": "sandwich"},
     "mixed": {**SIDES, "source_attention": "mixed"},
+    "experts": {"experts": {"count": 4, "width": 20, "shared": 1, "first_dense_layers": 1, "balance": "bias"}},
     "mixed, windows": {**SIDES, "source_attention": "mixed", "sliding_window": 5, "encoder_hidden_size": 48,
                        "separate_embeddings": True},
 }  # fmt: skip

@@ -367,6 +367,8 @@ def test_a_step_line_holds_the_whole_record(tmp_path: Path) -> None:
     assert line.pop("spent") == {}
     assert 1e7 < line.pop("memory")["resident_bytes"] < 1e11
     line["flops"], line["parts"] = Flops(**line["flops"]), tuple(LossGroup(**part) for part in line["parts"])
+    largest, entropy, z = line["expert_loads"].values()
+    line["expert_loads"] = ExpertLoads(tuple(largest), tuple(entropy), z)
     assert StepRecord(**line) == STEPS[0]
 
 
