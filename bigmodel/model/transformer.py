@@ -505,7 +505,7 @@ class Transformer(nn.Module):
             )
             weight = self.settings.mtp_loss_weight / len(self.extra_blocks) / max(1, result.numel())
             result = result + weight * (extra - extra.detach())
-        routing = next(iter(views.values())).routing
+        routing = next((view.routing for view in views.values()), None)
         return self._balanced(result, routing) if routing is not None and routing.records else result
 
     def _balanced(self, result: Tensor, routing: Routing) -> Tensor:
