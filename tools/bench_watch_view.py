@@ -5,8 +5,8 @@
 
 The run directory has lines as the recorder writes them, 1.1 kB each; a step is added every half second. The view runs
 in a pseudo-terminal of 80 x 24. CPU seconds are the process's own, from its start, by the kernel; those up to its first
-frame (imports, the whole file) stand beside those after it. Before that, in rounds, the reading alone, steps in a row at
-once and line by line in turn: median, least and most.
+frame (imports, the whole file) stand beside those after it. Before that, in rounds, the reading alone, steps in a row
+at once and line by line in turn: median, least and most.
 """
 
 import argparse
