@@ -122,11 +122,6 @@ def remarks(settings: Settings, rungs: Sequence[Rung]) -> list[str]:
             "model.mup_base_width = 0: all widths have one learning rate, whose optimum falls with width; set it to "
             "the width at which the rate was found, or give --rates"
         )
-    if settings.model.num_layers > 1 and any(rung.num_layers == 1 for rung in rungs):
-        said.append(
-            "rungs of 1 layer: these cannot copy from context as deeper models do (Olsson et al. 2022), so that one "
-            "law does not fit both; use larger --widths, or --fixed-depth"
-        )
     if len(rungs) < 3:
         said.append(f"{counted_noun(len(rungs), 'rung')}: a law needs 3, and 4 to give an interval")
     return said
