@@ -89,6 +89,12 @@ def test_ranks_begin_where_anything_is_left_to_do(settings: Settings, change: Ca
     assert finished(settings, 1) == ""
 
 
+def test_what_a_launcher_records_after_the_end_is_no_start(settings: Settings) -> None:
+    record_event(settings.run.directory, "launch_ended", cause="finished", code=0)
+    record_event(settings.run.directory, "decided", action="end", reason="the run is complete")
+    assert finished(settings, 1)
+
+
 @pytest.mark.parametrize(
     "override",
     ["training.steps=3", "evaluation.at_end=true", "checkpoint.remote=memory://x", "optimizer.learning_rate=0.02"],
