@@ -6,6 +6,7 @@ the wall clock, FLOPs with torch's count while it computes a batch of the run.
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,6 +156,7 @@ def torch_agrees(settings: Settings) -> Finding:
 def count_by_torch(model: Transformer, batch: Batch) -> tuple[int, float]:
     """FLOPs of a batch, forward and backward: torch's count, and the formula over the pairs that torch counts."""
     vocabulary, settings = model.embedding.num_embeddings, model.settings
+    batch = replace(batch, padding=None)  # every position passes its experts, as it passes all other layers
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         if settings.classification:  # the formula leaves its head out
             model.hidden(*_embedded(model, batch)).sum().backward()
@@ -182,6 +184,19 @@ def _backward(
 ) -> int:  # fmt: skip
     """Four products; that of the scores, done again, is not the model's work."""
     return 2 * _of_pairs(d_out_THK, cu_seqlens_q, cu_seqlens_k)
+
+
+@register_flop_formula(torch.ops.bigmodel.grouped_matmul, get_raw=True)
+def _grouped(_x: Tensor, weight_ENK: Tensor, offsets_E1: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * int(offsets_E1[-1]) * weight_ENK[0].numel()
+
+
+@register_flop_formula(torch.ops.bigmodel.grouped_matmul_backward, get_raw=True)
+def _grouped_backward(
+    _d_out: Tensor, _x: Tensor, weight_ENK: Tensor, offsets_E1: Tensor, need_x: bool, need_weight: bool, *_: Any,
+    **__: Any,
+) -> int:  # fmt: skip
+    return (need_x + need_weight) * 2 * int(offsets_E1[-1]) * weight_ENK[0].numel()
 
 
 def _embedded(model: Transformer, batch: Batch) -> tuple[Tensor, Batch, Tensor | None]:
