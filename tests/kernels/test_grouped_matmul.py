@@ -145,16 +145,22 @@ def test_the_kernels_pass_their_tests_under_the_interpreter() -> None:
     assert run_interpreted("tests/support/interpreted_grouped_matmul.py") == 9
 
 
-def test_the_kernels_compile_for_ampere_to_blackwell_without_spilling_registers() -> None:
-    printed = run_python(["-m", "tests.support.compile_grouped_matmul"], interpret=False)
+@pytest.mark.parametrize(
+    "architectures",
+    [("90",), pytest.param(("80", "100"), marks=pytest.mark.long)],
+    ids=["hopper", "ampere and blackwell"],
+)
+def test_the_kernels_compile_without_spilling_registers(architectures: tuple[str, ...]) -> None:
+    printed = run_python(["-m", "tests.support.compile_grouped_matmul", *architectures], interpret=False)
     print(printed)
     rows = [line.split() for line in printed.splitlines()]
-    assert {row[1] for row in rows} == {"sm_80", "sm_90", "sm_100"}
-    assert len(rows) == 21
+    assert {row[1] for row in rows} == {f"sm_{name}" for name in architectures}
+    assert len(rows) == 7 * len(architectures)
     spilled = [row for row in rows if row[-3] != "0"]
     assert not spilled, f"kernel, architecture, type, sizes | registers, stack, shared, stages: {spilled}"
     room = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448}
     assert not [row for row in rows if int(row[-2]) > room[row[1]]]
+    assert not [row for row in rows if int(row[-1]) < 4], "tiles do not come through asynchronous copies"
 
 
 def test_without_triton_the_references_run() -> None:

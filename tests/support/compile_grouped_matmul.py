@@ -4,9 +4,10 @@ their resources.
     kernel  architecture  type  sizes | registers  stack bytes  shared bytes  asynchronous copies
 
 A kernel that spills registers to memory has a stack. Run by test_grouped_matmul.py and
-`python -m tests.support.compile_grouped_matmul`.
+`python -m tests.support.compile_grouped_matmul`. Numbers choose architectures: `compile_grouped_matmul 90`.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def compiled(name: str, architecture: int, dtype: str, sizes: str) -> Any:
 
 def main() -> None:
     cases = [("bf16", "even"), ("bf16", "odd"), ("fp32", "even")]
-    for architecture in (80, 90, 100):
+    for architecture in map(int, sys.argv[1:] or ("80", "90", "100")):
         for name in ("turned", "product", "weight_gradient"):
             for dtype, sizes in cases if name != "product" else cases[:1]:
                 kernel = compiled(name, architecture, dtype, sizes)
