@@ -254,6 +254,22 @@ def row_of(case: Case) -> dict[str, Any]:
         return row
 
 
+COLUMNS = ("kind", "ranks", "degree", "stage", "forward", "norm", "update", "same", "other")
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Markdown, as in docs/model-parallel.md."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for row in rows:
+        cells = (row.get(column, row.get("error") if column == "forward" else None) for column in COLUMNS)
+        lines.append(
+            "| "
+            + " | ".join(f"{one:.0e}" if isinstance(one, float) else str("-" if one is None else one) for one in cells)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
 # kind, ranks, degree, stage
 CASES = [
     Case(kind, ranks, degree, stage)
@@ -276,6 +292,7 @@ def main(
             print(rows[-1], flush=True)
             text = ",\n  ".join(rows)
             out.write_text(json.dumps(head)[:-1] + f',\n "rows": [\n  {text}\n ]}}\n')
+    print(table_of([json.loads(row) for row in rows]))
 
 
 if __name__ == "__main__":
