@@ -1,4 +1,4 @@
-"""Import of Triton, or stand-ins for it. Kernels: attention masks, attention, loss, products by expert; no other room.
+"""Import of Triton, or stand-ins for it. Kernels: masks, attention, loss, experts; they import no other room.
 
 Every public function runs on any device: Triton on a GPU, plain torch elsewhere. Triton exists for Linux only. On
 other systems `triton` and `tl` are stand-ins that let the kernel files be imported; no kernel is launched there.
