@@ -290,7 +290,8 @@ def train(
     if not (fresh or new_plan or {"RANK", "WORLD_SIZE"} & os.environ.keys()):
         from bigmodel.finished_run import finished
 
-        if line := finished(settings, 1):
+        line = finished(settings, 1)
+        if line:
             print(f"bigmodel: {line}")
             return
     from bigmodel.training.imports import frozen

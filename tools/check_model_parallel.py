@@ -19,7 +19,6 @@ Exact is below LIMIT. The result is a JSON file.
 import faulthandler
 import json
 import os
-import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.deepspeed_json import VERSION
 from bigmodel.training.zero.engine import import_deepspeed
 from tests.support.ranks import finish, start_ranks
@@ -245,8 +245,7 @@ def judged(found: dict[str, Any]) -> str:
 
 
 def row_of(case: Case) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         row = asdict(case) | run(train_a_step, case, folder)
         if "error" not in row:
             alone = Case(case.kind, case.ranks, 1, case.stage)
