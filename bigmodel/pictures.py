@@ -1,11 +1,14 @@
 """The common look of all pictures: one colour per meaning, in the PNGs and on the page of `bigmodel report --html`.
 
 Colours are those of Okabe and Ito (2008); where a picture needs more, those farthest from the others, as seen by all
-readers and by those who do not see red or green (tests/test_pictures.py has the distances). Imports nothing of the
-project; matplotlib only to draw.
+readers and by those who do not see red or green (tests/test_pictures.py has the distances). Imports matplotlib only to
+draw.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bigmodel.config.user_error import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,6 +81,16 @@ def figure(width: float = 9, height: float = 5.6) -> "Figure":
     made = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(made)
     return made
+
+
+def save_picture(drawn: "Figure", path: Path, dpi: float | None = None) -> None:
+    """Write it to exactly this file, in the format of its ending; without one as PNG. Raises `UserError` where that
+    cannot be."""
+    try:
+        drawn.savefig(path, format=path.suffix[1:] or "png", dpi=dpi or "figure")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", "") or str(error)
+        raise UserError(f"{path}: the picture cannot be written: {reason}; give a file ending in .png") from None
 
 
 def title(axes: "Axes", text: str, size: float = 13) -> None:

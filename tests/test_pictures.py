@@ -1,11 +1,13 @@
 """Colours of pictures can be told apart, also by readers who do not see red or green, on light and dark grounds."""
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bigmodel.pictures import CAUSES, DARK, HEAT, MEMORY, PHASES, SERIES
+from bigmodel.config.user_error import UserError
+from bigmodel.pictures import CAUSES, DARK, HEAT, MEMORY, PHASES, SERIES, figure, save_picture
 from tests.inspect.page.test_page import STATIC
 
 # Linear RGB as seen without red or green cones: Machado, Oliveira and Fernandes 2009, severity 1.
@@ -63,3 +65,21 @@ def test_lines_are_seen_on_both_grounds() -> None:
 def test_the_heat_map_gets_darker_with_the_value() -> None:
     light = [float(oklab(linear(colour))[0]) for colour in HEAT]
     assert light == sorted(light, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("none/plan.png", "No such file or directory"),
+        (".", "Is a directory"),
+        ("plan.txt", "Format 'txt' is not supported"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_names_the_file(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"the picture cannot be written: {reason}.*; give a file ending in .png"):
+        save_picture(figure(1, 1), tmp_path / name)
+
+
+def test_a_picture_is_written_to_the_file_that_was_named(tmp_path: Path) -> None:
+    save_picture(figure(1, 1), tmp_path / "plan")
+    assert (tmp_path / "plan").read_bytes().startswith(b"\x89PNG")

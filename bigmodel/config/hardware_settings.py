@@ -7,6 +7,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from bigmodel.config.sections import Section
 from bigmodel.planning.devices import DEVICES, NETWORKS
 
+LEAST = 1e-6  # of a figure above 0: what is divided by it stays a number
+
 
 class HardwareSettings(Section):
     """Devices and links, for `bigmodel plan` alone. `gpu` and `network` give the figures; a setting above 0 replaces
@@ -29,6 +31,13 @@ class HardwareSettings(Section):
     hours_between_failures_per_gpu: float = Field(
         0, ge=0, description="mean time between unexpected failures of a job, times its GPUs; 0: 50,700, of Llama 3"
     )
+
+    @field_validator("*")
+    @classmethod
+    def _is_a_size(cls, value: str | float, info: ValidationInfo) -> str | float:
+        if isinstance(value, float) and 0 < value < LEAST:
+            raise ValueError(f"hardware.{info.field_name} = {value:g}: must be at least {LEAST:g}, or 0: not given")
+        return value
 
     @field_validator("gpu", "network")
     @classmethod

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bigmodel.pictures import save_picture
+
 
 @dataclass(frozen=True, eq=False)
 class ClassScores:
@@ -159,7 +161,7 @@ def draw_confusion(scores: ClassScores, path: Path, title: str) -> None:
     for row, column in np.argwhere(scores.counts).tolist() if count <= 40 else ():
         shade = "white" if shares[row, column] > 0.55 else "black"
         axes.text(column, row, f"{scores.counts[row, column]:,}", ha="center", va="center", fontsize=7, color=shade)
-    figure.savefig(path)
+    save_picture(figure, path)
 
 
 def in_words(scores: ClassScores) -> str:

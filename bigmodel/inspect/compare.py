@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bigmodel.config.settings import UserError
 from bigmodel.inspect.braille import smooth
 from bigmodel.inspect.report import read_curve, terminal_curve
-from bigmodel.pictures import BLUE, GREY, INK, ORANGE, figure, quiet, title
+from bigmodel.pictures import BLUE, GREY, INK, ORANGE, figure, quiet, save_picture, title
 from bigmodel.run_directory import Change, changes, read_json, read_json_lines
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def draw(one: Path, two: Path, difference: Difference | None, png: Path) -> None
         quiet(axes)
     for text in above.legend(frameon=False, fontsize=9).get_texts():
         text.set_parse_math(False)
-    drawn.savefig(png)
+    save_picture(drawn, png)
 
 
 def _draw_apart(axes: "Axes", one: dict[int, float], two: dict[int, float]) -> int:

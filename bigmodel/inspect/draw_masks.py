@@ -13,7 +13,7 @@ import torch
 
 from bigmodel.data.load.batch import Batch, SourceSide, documents_of, real_documents
 from bigmodel.model.attention_masks import MaskMatrix
-from bigmodel.pictures import SERIES
+from bigmodel.pictures import SERIES, save_picture
 
 MOST_CELLS = 1500  # along one side of the picture
 TEXT_COLUMNS = 60
@@ -40,7 +40,7 @@ def draw_masks(batch: Batch, masks: Sequence[MaskMatrix], path: Path, num_packs:
     positions = batch.num_tokens + (batch.source.num_tokens if batch.source else 0)
     places = len(batch.tokens) + (len(batch.source.tokens) if batch.source else 0)
     figure.suptitle(f"{batch.num_documents} documents, {positions} of {places} tokens")
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
 
 
 def shown_documents(batch: Batch, mask: MaskMatrix) -> np.ma.MaskedArray:

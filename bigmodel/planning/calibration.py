@@ -152,11 +152,12 @@ def _nodes_of(run: Path, ranks: int) -> int:
 
 
 def _json_of(run: Path, name: str) -> dict[str, Any]:
+    content = _bytes_of(run, name)
     try:
-        table = json.loads(_bytes_of(run, name))
-    except ValueError as error:
+        table = dict(json.loads(content))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{run / name}: damaged: {error}; name another run directory") from None
-    return dict(table)
+    return table
 
 
 def _bytes_of(run: Path, name: str) -> bytes:

@@ -1,13 +1,13 @@
 """The plan as a picture: memory by stage with the device's line, the step by phase, the days of the run.
 
-In: plans by stage, a step's time, the parts. Out: a PNG.
+In: plans by stage, a step's time, the parts. Out: a PNG. Raises `UserError` where it cannot be written.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bigmodel.pictures import CAUSES, PHASES, figure, quiet, title
+from bigmodel.pictures import CAUSES, PHASES, figure, quiet, save_picture, title
 from bigmodel.planning.memory_table import draw_memory
 from bigmodel.planning.part import Part
 from bigmodel.planning.state_memory import Plan
@@ -28,7 +28,7 @@ def draw_plan(png: Path, by_stage: Mapping[str, Plan], limit: int, step: StepTim
     memory.legend(frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.45, -0.13), fontsize=9)
     _draw_step(drawn.add_subplot(grid[1, 0]), step)
     _draw_days(drawn.add_subplot(grid[1, 1]), step, parts)
-    drawn.savefig(png)
+    save_picture(drawn, png)
 
 
 def _draw_step(axes: "Axes", step: StepTime) -> None:

@@ -26,6 +26,8 @@ from bigmodel.planning.parameters import parameters_of
 from bigmodel.planning.part import Part, Row
 
 TITLE = "Scaling law"
+FORMS = (("compute",), ("parameters", "tokens"))  # what the terms of a law may be of
+STEEPEST = 10.0  # exponent of a law: of training runs it is below 1
 
 
 class Term(NamedTuple):
@@ -82,13 +84,21 @@ def read_law(file: Path) -> Law:
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
         return law_of(table["law"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problem = error.strerror if isinstance(error, OSError) else "has no law"
         raise UserError(f"{file}: {problem}; give the sweep.json of a `bigmodel sweep` with a fitted law") from None
 
 
 def law_of(table: Mapping[str, Any]) -> Law:
-    return Law(float(table["irreducible"]), tuple(Term(**one) for one in table["terms"]))
+    """Raises `ValueError`, `KeyError` or `TypeError` where a number is missing or cannot be one of a law."""
+    terms = tuple(Term(one["of"], float(one["coefficient"]), float(one["exponent"])) for one in table["terms"])
+    law = Law(float(table["irreducible"]), terms)
+    if tuple(one.of for one in terms) not in FORMS:
+        raise ValueError(f"terms of {', '.join(str(one.of) for one in terms) or 'nothing'}")
+    numbers = [law.irreducible, *(number for one in terms for number in (one.coefficient, one.exponent))]
+    if not all(0 <= number < math.inf for number in numbers) or any(one.exponent > STEEPEST for one in terms):
+        raise ValueError(f"numbers {numbers}")
+    return law
 
 
 def size_of(settings: Settings, vocabulary: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bigmodel.config.settings import Settings
-from bigmodel.pictures import figure, title
+from bigmodel.pictures import figure, save_picture, title
 from bigmodel.planning.changes import choice_of
 from bigmodel.planning.context import cluster_of_ranks, context_of
 from bigmodel.planning.fit import fit_of
@@ -33,7 +33,7 @@ def show_memory(settings: Settings, ranks: int, device_gib: float, png: Path | N
         title(axes, "Memory of a GPU by ZeRO stage")
         draw_memory(axes, by_stage, limit)
         drawn.legend(frameon=False, ncols=4, loc="outside lower center", fontsize=9)
-        drawn.savefig(png)
+        save_picture(drawn, png)
         out.print(f"picture: {png}", soft_wrap=True)
 
 

@@ -94,7 +94,7 @@ def test_a_run_directory_is_read_without_waits_and_first_steps(tmp_path: Path) -
 def test_a_folder_that_is_no_run_is_named(name: str, tmp_path: Path) -> None:
     write_run(tmp_path / "run", [2.0] * 10)
     (tmp_path / "run" / name).unlink()
-    with pytest.raises(UserError, match=rf"--measured .*run: {name} cannot be read .*; give a run directory"):
+    with pytest.raises(UserError, match=rf"^--measured .*run: {name} cannot be read .*; give a run directory$"):
         calibrated([tmp_path / "run"], Cluster(gpus_per_node=1))
 
 

@@ -70,6 +70,7 @@ def test_failures_come_as_often_as_llama_3_says() -> None:
         ('network = "infiniband"', r"hardware.network = 'infiniband' is not known; .*InfiniBand NDR"),
         ("memory = 80", r"hardware.memory: unknown setting; did you mean 'memory_gib'\?"),
         ("peak_tflops = -1", r"hardware.peak_tflops = -1: input should be greater than or equal to 0"),
+        ("storage_gigabytes_per_second = 1e-320", r"= 9.99989e-321: must be at least 1e-06, or 0: not given"),
     ],
 )
 def test_what_is_not_known_is_said_with_the_nearest_name(line: str, message: str, tmp_path: Path) -> None:

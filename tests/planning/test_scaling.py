@@ -84,6 +84,22 @@ def test_a_loss_is_predicted_by_a_law_of_ones_own(tmp_path: Path) -> None:
 def test_a_file_without_a_law_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none.json: No such file or directory; give the sweep.json of"):
         read_law(tmp_path / "none.json")
-    (tmp_path / "sweep.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[" * 100_000,
+        '{"law": {"irreducible": NaN, "terms": [{"of": "compute", "coefficient": 1, "exponent": 0.1}]}}',
+        '{"law": {"irreducible": 1.5, "terms": []}}',
+        '{"law": {"irreducible": 1.5, "terms": [{"of": "compute", "coefficient": null, "exponent": 0.1}]}}',
+        '{"law": {"irreducible": 1.5, "terms": [{"of": "size", "coefficient": 1, "exponent": 0.1}]}}',
+        '{"law": {"irreducible": 1.5, "terms": [{"of": "compute", "coefficient": 1, "exponent": 1e9}]}}',
+        '{"law": {"irreducible": 1.5, "terms": [{"of": "compute", "coefficient": 1, "exponent": -0.1}]}}',
+    ],
+)
+def test_a_damaged_law_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(UserError, match=r"sweep.json: has no law; give the sweep.json of a `bigmodel sweep`"):
         read_law(tmp_path / "sweep.json")

@@ -30,7 +30,7 @@ ALLOWED = {
     "bigmodel.data.objectives.noise_table": (),
     "bigmodel.training.optimizers.table": (),
     "bigmodel.sizes": (),
-    "bigmodel.pictures": (),
+    "bigmodel.pictures": ("bigmodel.config.user_error",),
     "bigmodel.rank_log": (),
     "bigmodel.system_errors": (),
     "bigmodel.run_directory": ("bigmodel.config", "bigmodel.sizes", "bigmodel.system_errors"),
