@@ -34,6 +34,14 @@ def test_the_law_of_sizes_is_found_again() -> None:
         assert found.law.loss(*size) == pytest.approx(OF_SIZES.loss(*size), abs=0.01)
 
 
+def test_losses_without_noise_lie_on_the_law() -> None:
+    law = Law(1.69, (Term("parameters", 406.4, 0.34), Term("tokens", 410.7, 0.28)))
+    sizes = [(size, ratio * size) for size in (3e6, 1e7, 3e7, 1e8) for ratio in (5, 20, 80)]
+    found = fit(runs_of(law, sizes))
+    assert max(map(abs, found.residuals)) < 5e-4
+    assert found.law.loss(1e9, 2e10) == pytest.approx(law.loss(1e9, 2e10), abs=5e-4)
+
+
 def test_no_number_of_a_law_is_negative() -> None:
     """Losses that fall faster than any power: without bounds E would be far below 0."""
     found = fit(
