@@ -7,7 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from bigmodel.config.sections import Section
 from bigmodel.planning.devices import DEVICES, NETWORKS
 
-LEAST = 1e-6  # of a figure above 0: what is divided by it stays a number
+LEAST, MOST = 1e-6, 1e12  # of a figure above 0: quotients and products stay numbers
 
 
 class HardwareSettings(Section):
@@ -35,8 +35,10 @@ class HardwareSettings(Section):
     @field_validator("*")
     @classmethod
     def _is_a_size(cls, value: str | float, info: ValidationInfo) -> str | float:
-        if isinstance(value, float) and 0 < value < LEAST:
-            raise ValueError(f"hardware.{info.field_name} = {value:g}: must be at least {LEAST:g}, or 0: not given")
+        if isinstance(value, float) and value > 0 and not LEAST <= value <= MOST:
+            raise ValueError(
+                f"hardware.{info.field_name} = {value:g}: must be between {LEAST:g} and {MOST:g}, or 0: not given"
+            )
         return value
 
     @field_validator("gpu", "network")

@@ -93,11 +93,10 @@ def law_of(table: Mapping[str, Any]) -> Law:
     """Raises `ValueError`, `KeyError` or `TypeError` where a number is missing or cannot be one of a law."""
     terms = tuple(Term(one["of"], float(one["coefficient"]), float(one["exponent"])) for one in table["terms"])
     law = Law(float(table["irreducible"]), terms)
-    if tuple(one.of for one in terms) not in FORMS:
-        raise ValueError(f"terms of {', '.join(str(one.of) for one in terms) or 'nothing'}")
     numbers = [law.irreducible, *(number for one in terms for number in (one.coefficient, one.exponent))]
-    if not all(0 <= number < math.inf for number in numbers) or any(one.exponent > STEEPEST for one in terms):
-        raise ValueError(f"numbers {numbers}")
+    is_known, is_flat = tuple(one.of for one in terms) in FORMS, all(one.exponent <= STEEPEST for one in terms)
+    if not (is_known and is_flat and all(0 <= number < math.inf for number in numbers)):
+        raise ValueError
     return law
 
 
