@@ -85,6 +85,8 @@ def ladder(
 ) -> list[Rung]:
     """All rungs, the least compute first. ratios: tokens per parameter; empty: the target's. rates: learning rates;
     empty: the target's. fixed_depth: all have the target's layers. Raises `UserError`."""
+    if not widths:
+        raise UserError("--widths is empty: give hidden sizes below the target's, separated by commas")
     target = target_of(settings, vocabulary)
     rungs = [
         rung_of(settings, sized(settings.model, width, fixed_depth), vocabulary, ratio, rate)

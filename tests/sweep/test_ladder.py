@@ -87,3 +87,8 @@ def test_a_width_without_whole_heads_or_below_no_target_is_refused(width: int) -
         UserError, match=rf"--widths {width}: must be below model.hidden_size = 128 and a multiple of 16"
     ):
         ladder(settings_with(), 1024, [width])
+
+
+def test_a_ladder_without_rungs_is_refused() -> None:
+    with pytest.raises(UserError, match="--widths is empty: give hidden sizes below the target's"):
+        ladder(settings_with(), 1024, [])
