@@ -5,6 +5,7 @@ its largest, so no extreme is lost; x is exact, y has the 24 bits of float32. Co
 """
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -70,15 +71,16 @@ class Plot:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """`value` of row and step, (cells,) each; where several fall into a column of the page, the largest counts."""
+    """`cells`: pairs of rows and values, (steps,) each; where several fall into a column of the page, the largest
+    counts. `row`: what a row is, "rank" or "layer"."""
 
     name: str
     title: str
     unit: str
     rows: int
     step: Floats
-    row: Floats
-    value: Floats
+    cells: Sequence[tuple[Floats, Floats]]
+    row: str = "rank"
     scale: str = "seconds"
     note: str = ""
     marks: list[float] = field(default_factory=list)
@@ -87,10 +89,10 @@ class HeatMap:
         edges, columns = self._columns()
         height = -(-self.rows // MOST_ROWS)
         cells = np.zeros((len(edges) - 1, -(-self.rows // height)))
-        known = np.isfinite(self.row) & np.isfinite(self.value)
-        places = (columns[known], self.row[known].astype(int) // height)
-        np.maximum.at(cells, places, self.value[known])
-        names = ("name", "title", "unit", "scale", "note", "marks", "rows")
+        for row, value in self.cells:
+            known = np.isfinite(row) & np.isfinite(value)
+            np.maximum.at(cells, (columns[known], row[known].astype(int) // height), value[known])
+        names = ("name", "title", "unit", "scale", "note", "marks", "rows", "row")
         own = {name: getattr(self, name) for name in names}
         coded = {"edges": _base64(edges, "<f8"), "cells": _base64(cells.ravel(), "<f4")}
         return {**own, "kind": "heat", "x": "step", "height": height, **coded}

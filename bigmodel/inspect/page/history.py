@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigmodel.inspect.growing_file import GrowingFile
-from bigmodel.inspect.page.step_table import Columns, floats, leaves, of_parts, read_steps
+from bigmodel.inspect.page.step_table import Columns, floats, leaves, of_experts, of_parts, read_steps
 from bigmodel.inspect.step_lines import runs_of_lines
 from bigmodel.metrics.run_accounting import CAUSES, RunAccounting
 
@@ -38,7 +38,8 @@ GROUPS = {"phases": "phase", "memory": "memory", "flops": "flops"}  # tables of 
 
 class RunHistory:
     """Columns by name: those of NUMBERS, "phase/forward", "memory/...", "flops/...", "labels/OBJECTIVE/SOURCE" and
-    "nats/...", "norm/LAYERS/...". NaN: not in the line, or not finite."""
+    "nats/...", "norm/LAYERS/...", "experts/LAYER" (`step_table.of_experts`), "experts/...". NaN: not in the line, or not
+    finite."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
@@ -124,6 +125,8 @@ class RunHistory:
         for name, labels, nats in of_parts(columns["parts"]):
             self._extend(f"labels/{name}", labels)
             self._extend(f"nats/{name}", nats)
+        for name, values in of_experts(columns.get("expert_loads")):
+            self._extend(f"experts/{name}", values)
         self.num_steps += len(lines)
         self._moments.extend(moments)
         causes = [after.get(cause, [self.seconds[cause]] * len(lines)) for cause in ("productive", *CAUSES)]
@@ -177,6 +180,9 @@ class RunHistory:
             self._put("nats", names, [_mean(part) for part in parts])
         for layers, norms in (line.get("norms") or {}).items():
             self._put(f"norm/{layers}", tuple(norms), norms.values())
+        if loads := line.get("expert_loads"):
+            names = (*map(str, range(len(loads["largest"]))), "entropy", "router_z")
+            self._put("experts", names, [*loads["largest"], min(loads["entropy"]), loads["router_z"]])
         self.num_steps += 1
 
     def _put(self, prefix: str, names: tuple[Any, ...], values: Iterable[float | None]) -> None:

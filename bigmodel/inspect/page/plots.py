@@ -6,6 +6,7 @@ stacks and heat maps have a plot per run. A plot without numbers is left out.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -42,6 +43,7 @@ def sections(runs: Runs) -> dict[str, list[Drawn]]:
         "Goodput": (_causes(run, _of(run, runs)) for run in runs),
         "Memory": memory(runs),
         "Learning": learning(runs),
+        "Experts": experts(runs),
         "Data": data(runs),
     }
     return {title: [plot for plot in plots if _has_numbers(plot)] for title, plots in made.items()}
@@ -155,6 +157,31 @@ def learning(runs: Runs) -> list[Drawn]:
     return list(made)
 
 
+def experts(runs: Runs) -> list[Drawn]:
+    """Of runs with [model.experts]; a column per layer with experts."""
+
+    def over_layers(join: Callable[[list[Floats]], Floats]) -> Callable[[RunHistory], Points]:
+        def points(run: RunHistory) -> Points:
+            layers = _loads_by_layer(run)
+            return run.column("step"), join(layers) if layers else np.zeros(0)
+
+        return points
+
+    most = [
+        Quantity("most uneven layer", over_layers(lambda layers: reduce(np.fmax, layers)), CURVES["training"]),
+        Quantity("mean of the layers", over_layers(lambda layers: reduce(np.add, layers) / len(layers))),
+    ]
+    entropy = [Quantity("most uneven layer", _column("experts/entropy"), CURVES["training"])]
+    z = [Quantity("router z", _column("experts/router_z"), CURVES["training"])]
+    of_even = "entropy of the loads over that of even loads"
+    return [
+        _lines(runs, "expert-load", "Largest load of an expert", "times the mean load of its layer", most),
+        _lines(runs, "expert-entropy", "Evenness of the experts' loads", of_even, entropy),
+        _lines(runs, "router-z", "Routers' mean of logsumexp(logits)²", "per label and layer", z),
+        *(_uneven_layers(run, _of(run, runs)) for run in runs),
+    ]
+
+
 def data(runs: Runs) -> list[Drawn]:
     def ratio(part: str, other: str) -> Callable[[RunHistory], Points]:
         def points(run: RunHistory) -> Points:
@@ -256,7 +283,22 @@ def _lag(run: RunHistory, of: str) -> HeatMap:
     title = f"Lag by rank{of}"
     rank = run.column("slowest_rank")
     rows = max(world, 1 + int(np.nanmax(rank))) if np.isfinite(rank).any() else world
-    return HeatMap(f"lag{of}", title, "seconds", rows, step, rank, lag, note=note, marks=restarts(run))
+    return HeatMap(f"lag{of}", title, "seconds", rows, step, [(rank, lag)], note=note, marks=restarts(run))
+
+
+def _loads_by_layer(run: RunHistory) -> list[Floats]:
+    """(steps,) for each layer with experts: the largest load over the mean."""
+    return [run.column(name) for name in run.names("experts/") if name.removeprefix("experts/").isdigit()]
+
+
+def _uneven_layers(run: RunHistory, of: str) -> HeatMap:
+    layers = _loads_by_layer(run)
+    step = run.column("step")
+    cells = [(np.full(len(step), float(place)), load - 1.0) for place, load in enumerate(layers)]
+    title, unit = f"Largest load of an expert, by layer{of}", "share above the mean load of the layer"
+    note = "layers with experts only, from the first"
+    marks = restarts(run)
+    return HeatMap(f"experts{of}", title, unit, len(layers), step, cells, "layer", "share", note, marks)
 
 
 def _causes(run: RunHistory, of: str) -> Plot:
@@ -381,5 +423,5 @@ def _part_name(name: str, names: Sequence[str]) -> str:
 
 def _has_numbers(plot: Drawn) -> bool:
     if isinstance(plot, HeatMap):
-        return bool(np.isfinite(plot.value).any())
+        return any(np.isfinite(value).any() for _, value in plot.cells)
     return bool(plot.lines)

@@ -51,6 +51,26 @@ def leaves(values: pyarrow.Array | None) -> Iterator[tuple[str, Floats]]:
             yield name, floats(column)
 
 
+def of_experts(loads: pyarrow.Array | None) -> Iterator[tuple[str, Floats]]:
+    """Of the lines' `expert_loads`, by name, (lines,) each: LAYER, the largest load over the mean; "entropy" of the
+    layer where it is lowest; "router_z"."""
+    if loads is None or not pyarrow.types.is_struct(loads.type):
+        return
+    told = dict(zip(loads.type.names, loads.flatten(), strict=True))
+    largest, entropy = (by_layer(told[name]) for name in ("largest", "entropy"))
+    yield from ((str(layer), values) for layer, values in enumerate(largest))
+    yield "entropy", np.fmin.reduce(entropy)
+    yield "router_z", floats(told["router_z"])
+
+
+def by_layer(values: pyarrow.ListArray) -> Floats:
+    """Lists of numbers as (layers, lines), NaN behind the end of a list."""
+    lengths = np.nan_to_num(floats(values.value_lengths())).astype(np.int64)
+    found = np.full((len(values), lengths.max(initial=0)), np.nan)
+    found[np.arange(found.shape[1]) < lengths[:, None]] = floats(values.flatten())
+    return found.T
+
+
 def of_parts(parts: pyarrow.ListArray) -> Iterator[tuple[str, Floats, Floats]]:
     """OBJECTIVE/SOURCE, labels and nats per label (lines,) each, in order of their first line."""
     rows = np.repeat(np.arange(len(parts)), np.nan_to_num(floats(parts.value_lengths())).astype(np.int64))

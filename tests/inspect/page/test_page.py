@@ -45,6 +45,7 @@ def line(number: int, loss: float = 2.0, **changes: Any) -> dict[str, Any]:
         flops={"causal": 10.0, "full": 20.0, "hardware": 30.0},
         device_joules=50.0 * number,
         largest_attention_score=number / 2,
+        expert_loads={"largest": [1.5, 1 + number / 8], "entropy": [0.75, 1 / number], "router_z": number / 4},
     )
     return made | changes
 
@@ -111,6 +112,10 @@ def test_values_of_the_page_equal_metrics_jsonl(tmp_path: Path) -> None:
     expect("mix", "docs", [(one["step"], 0.0 if one["step"] % 2 else 0.6) for one in steps])
     expect("energy", "GPUs", [(one["step"], one["step"] / 2) for one in steps])
     expect("attention-score", "Largest attention score", [(one["step"], one["step"] / 2) for one in steps])
+    expect("expert-load", "most uneven layer", [(one["step"], max(1.5, 1 + one["step"] / 8)) for one in steps])
+    expect("expert-load", "mean of the layers", [(one["step"], 1.25 + one["step"] / 16) for one in steps])
+    expect("expert-entropy", "most uneven layer", [(one["step"], min(0.75, 1 / one["step"])) for one in steps])
+    expect("router-z", "router z", [(one["step"], one["step"] / 4) for one in steps])
     expect("packing", "padding", [(one["step"], 28 / 128) for one in steps])
 
 
@@ -156,6 +161,7 @@ def test_a_file_read_at_once_gives_what_its_lines_give_one_by_one(tmp_path: Path
     norms = {"attention": {"weight_norm": 2.5, "update_norm": 0.1}}
     for number in range(1, 61):
         odd = {30: {"loss": math.nan, "gradient_norm": -math.inf}, 31: {"norms": norms, "z_loss": 1}, 32: {"parts": []}}
+        odd |= {33: {"expert_loads": None}}
         more = {"spent": {"checkpoint": 0.1 * number}, "data_wait_seconds": 1 / (2 + number), "compile_seconds": 0.001}
         more["lap"] = 0.5 + 1 / number
         run.add(line(number, **{"loss": 8.0 / number} | more | odd.get(number, {})))
@@ -215,9 +221,26 @@ def test_the_heat_map_has_each_rank_s_longest_lag(tmp_path: Path) -> None:
         for number in range(1, 13)
     ]
     ranks, steps = np.arange(1000.0) % 200, np.arange(1.0, 1001.0)
-    many = HeatMap("lag", "", "", 200, steps, ranks, steps).encoded(1)
+    many = HeatMap("lag", "", "", 200, steps, [(ranks, steps)]).encoded(1)
     cells = np.frombuffer(base64.b64decode(many["cells"]), "<f4").reshape(240, -1)
     assert (many["height"], cells.shape[1], cells.max()) == (4, 50, 1000.0)
+
+
+def test_a_heat_map_has_the_load_of_each_layer_s_fullest_expert(tmp_path: Path) -> None:
+    block = blocks(content([open_run(write(tmp_path / "run", killed_and_resumed()))]))["experts"]
+    cells = np.frombuffer(base64.b64decode(block["cells"]), "<f4").reshape(12, 2)
+    assert cells.tolist() == [[0.5, number / 8] for number in range(1, 13)]
+    assert (block["row"], block["rows"], block["height"]) == ("layer", 2, 1)
+
+
+def test_a_run_without_experts_has_no_plots_of_them(tmp_path: Path) -> None:
+    run = Run()
+    run.start(0, None)
+    for number in range(1, 21):
+        run.add(line(number, expert_loads=None))
+    titles = [section["title"] for section in content([open_run(write(tmp_path / "run", run))])["sections"]]
+    assert "Learning" in titles
+    assert "Experts" not in titles
 
 
 def test_the_key_of_a_plot_begins_with_the_lines_in_view(tmp_path: Path) -> None:

@@ -365,7 +365,7 @@
       const sorted = Float32Array.from(cells.filter((value) => value > 0)).sort();
       top = sorted.length ? sorted[Math.floor(0.98 * (sorted.length - 1))] : 1;
       most.textContent = `${words(top, block.scale)} and more; the most ${words(sorted.at(-1) || 0, block.scale)}`;
-      box.setAttribute("aria-label", `${block.title}, ${block.unit}, a row per rank. Keys: plus and minus zoom, arrows move, 0 shows the whole run.`);
+      box.setAttribute("aria-label", `${block.title}, ${block.unit}, a row per ${block.row}. Keys: plus and minus zoom, arrows move, 0 shows the whole run.`);
     }
 
     function paint(u) {
@@ -394,9 +394,9 @@
       const column = edges.findIndex((edge, n) => n + 1 < edges.length && x >= edge && x < edges[n + 1]);
       if (u.cursor.left < 0 || column < 0 || row < 0 || row >= rows) { place.textContent = EMPTY; return; }
       const first = row * block.height, last = Math.min(block.rows, first + block.height) - 1;
-      const ranks = first === last ? `rank ${first}` : `ranks ${first} to ${last}`;
+      const names = first === last ? `${block.row} ${first}` : `${block.row}s ${first} to ${last}`;
       const steps = `steps ${Math.ceil(edges[column])} to ${Math.floor(edges[column + 1])}`;
-      place.textContent = `${ranks}, ${steps}: ${words(cells[column * rows + row], block.scale)}`;
+      place.textContent = `${names}, ${steps}: ${words(cells[column * rows + row], block.scale)}`;
     }
 
     card.extent = () => [edges[0], edges.at(-1)];
@@ -412,7 +412,7 @@
         hooks: { draw: [paint], setCursor: [readOut] },
       };
       watch(card, block, options, [edges, edges.map(() => 0)]);
-      card.plot.axes[1].values = (u, splits) => splits.map((value) => (Number.isInteger(value) ? `rank ${value}` : ""));
+      card.plot.axes[1].values = (u, splits) => splits.map((value) => (Number.isInteger(value) ? `${block.row} ${value}` : ""));
       card.plot.redraw(false, true);
     };
     card.update = (next) => {
