@@ -47,7 +47,7 @@ class ExpertBalance:
 
 
 def describe(loads_LE: Sequence[Sequence[float]], z_mean: float) -> ExpertLoads:
-    """z_mean: of the labels, added up over the layers.
+    """z_mean: of the labels, added up over the layers. Four decimals: a step's line has two numbers per layer.
 
     Example: loads 3, 1, 0, 0 of one layer: largest 3, entropy 0.406 (0.811 of 2 bits).
     """
@@ -55,7 +55,7 @@ def describe(loads_LE: Sequence[Sequence[float]], z_mean: float) -> ExpertLoads:
     for loads in loads_LE:
         total = math.fsum(loads) or 1.0
         shares = [load / total for load in loads]
-        largest.append(max(shares) * len(shares))
+        largest.append(round(max(shares) * len(shares), 4))
         bits = -math.fsum(share * math.log(share) for share in shares if share)
-        entropy.append(bits / math.log(len(shares)) if len(shares) > 1 else 1.0)
+        entropy.append(round(bits / math.log(len(shares)), 4) if len(shares) > 1 else 1.0)
     return ExpertLoads(tuple(largest), tuple(entropy), z_mean / len(loads_LE))
