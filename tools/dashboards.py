@@ -401,6 +401,29 @@ LEARNING = Dashboard(
             ),
         ),
         (
+            "Experts",
+            (
+                _one(
+                    "Largest load of an expert",
+                    "none",
+                    "Over the mean load of its layer, in the most uneven layer of the last step: 1 is even",
+                    _metric("expert_load_ratio"),
+                ),
+                _one(
+                    "Evenness of the experts' loads",
+                    "percentunit",
+                    "Entropy of the loads over that of even loads, in the most uneven layer of the last step",
+                    _metric("expert_load_entropy_ratio"),
+                ),
+                _one(
+                    "Squared log of the routers' partition",
+                    "none",
+                    "Mean of logsumexp(logits)^2 over layers: grows where the routers' logits drift",
+                    _metric("router_z"),
+                ),
+            ),
+        ),
+        (
             "Weights",
             (
                 _one(

@@ -66,7 +66,7 @@ def _run(run: WatchedRun, width: int, room: int) -> list[Text]:
     head = [_title(run, width), *_troubles(run)]
     if run.step:
         head += [_progress(run, width), _rates(run)]
-    tail = [*_goodput(run, width), *_ranks(run), *_checkpoints(run)]
+    tail = [*_goodput(run, width), *_ranks(run), *_experts(run), *_checkpoints(run)]
     events = [Text(line, style="" if number else FAINT) for number, line in enumerate(_events(run))]
     spare = room - len(head) - len(tail) - len(events)
     if spare < LEAST_CURVE + 3:
@@ -207,6 +207,15 @@ def _ranks(run: WatchedRun) -> Iterator[Text]:
     if rank is not None and lag is not None and run.numbers.newest.get("start", {}).get("world_size", 0) > 1:
         share = f", {lag / run.step['step_seconds']:.1%} of the step" if run.step.get("step_seconds") else ""
         yield Text(f"slowest rank of the last step: {rank}, {1000 * lag:.1f} ms behind{share}")
+
+
+def _experts(run: WatchedRun) -> Iterator[Text]:
+    """The layer whose experts have the most uneven loads, counted from the first layer with experts."""
+    if loads := run.step.get("expert_loads"):
+        most, layer = max((load, -layer) for layer, load in enumerate(loads["largest"]))
+        yield Text(
+            f"experts: the largest load is {most:.2f} times the mean, in layer {-layer} of {len(loads['largest'])}"
+        )
 
 
 def _checkpoints(run: WatchedRun) -> Iterator[Text]:

@@ -38,8 +38,8 @@ GROUPS = {"phases": "phase", "memory": "memory", "flops": "flops"}  # tables of 
 
 class RunHistory:
     """Columns by name: those of NUMBERS, "phase/forward", "memory/...", "flops/...", "labels/OBJECTIVE/SOURCE" and
-    "nats/...", "norm/LAYERS/...", "experts/LAYER" (`step_table.of_experts`), "experts/...". NaN: not in the line, or not
-    finite."""
+    "nats/...", "norm/LAYERS/...", "experts/LAYER" (`step_table.of_experts`), "experts/...". NaN: not in the line, or
+    not finite."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
@@ -181,8 +181,12 @@ class RunHistory:
         for layers, norms in (line.get("norms") or {}).items():
             self._put(f"norm/{layers}", tuple(norms), norms.values())
         if loads := line.get("expert_loads"):
-            names = (*map(str, range(len(loads["largest"]))), "entropy", "router_z")
-            self._put("experts", names, [*loads["largest"], min(loads["entropy"]), loads["router_z"]])
+            layers = tuple(map(str, range(len(loads["largest"]))))
+            self._put(
+                "experts",
+                (*layers, "entropy", "router_z"),
+                [*loads["largest"], min(loads["entropy"]), loads["router_z"]],
+            )
         self.num_steps += 1
 
     def _put(self, prefix: str, names: tuple[Any, ...], values: Iterable[float | None]) -> None:
