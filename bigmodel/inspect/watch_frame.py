@@ -213,9 +213,7 @@ def _experts(run: WatchedRun) -> Iterator[Text]:
     """The layer whose experts have the most uneven loads, counted from the first layer with experts."""
     if loads := run.step.get("expert_loads"):
         most, layer = max((load, -layer) for layer, load in enumerate(loads["largest"]))
-        yield Text(
-            f"experts: the largest load is {most:.2f} times the mean, in layer {-layer} of {len(loads['largest'])}"
-        )
+        yield Text(f"experts: the largest load is {most:.2f} times the mean, in layer {-layer}")
 
 
 def _checkpoints(run: WatchedRun) -> Iterator[Text]:
