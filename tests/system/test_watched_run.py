@@ -172,8 +172,8 @@ def test_prometheus_follows_a_run_over_kill_and_restart(watched: Watched) -> Non
 
 
 def queries_of_panels() -> set[str]:
-    """Every query of every dashboard, but for those of GPUs, of energy (tests/system/test_monitor.py) and, where there
-    is none, of a network."""
+    """Every query of every dashboard, but for those of GPUs, of energy (tests/system/test_monitor.py), of experts,
+    which this run has not, and, where there is none, of a network."""
     files = sorted((REPOSITORY / "configs/grafana").glob("*.json"))
     panels = [panel for file in files for panel in json.loads(file.read_text())["panels"] if panel["type"] != "row"]
     queries = {target["expr"] for panel in panels for target in panel["targets"]}
@@ -183,6 +183,9 @@ def queries_of_panels() -> set[str]:
     without = [query for query in queries if GPU_ONLY.search(query)]
     assert len(without) == 9
     without += [query for query in queries if "_energy_" in query]
+    of_experts = [query for query in queries if "_expert_" in query or "_router_z" in query]
+    assert len(of_experts) == 3
+    without += of_experts
     without += [query for query in queries if "_network_" in query and not has_network]
     filled = {"$run": ".+", "$node": ".+", "$__rate_interval": "10s"}
     found = set[str]()
