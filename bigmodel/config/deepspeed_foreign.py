@@ -8,7 +8,7 @@ GPT-NeoX writes hyphens or underscores; both are found. Imports neither torch no
 
 _PIPELINE = "remove it: pipeline parallelism is not offered, ZeRO stage 3 splits large models"
 _TENSOR = "remove it: tensor parallelism is not offered, ZeRO stage 3 splits large models"
-_EXPERTS = "remove it: mixture of experts is not offered"
+_EXPERTS = "remove it: experts are set by [model.experts] of the run file, and are not distributed over ranks"
 _LOSS_SCALE = 'write it inside "fp16"'
 _OWN_DOCUMENTS = "remove the key; documents of a pack never see each other, and each has its own positions"
 _NO_PIPELINE = "remove the key; there is no pipeline parallelism"

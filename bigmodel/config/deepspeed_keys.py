@@ -60,7 +60,7 @@ TOP_LEVEL = {
     "log_level": used(choice("debug", "info", "warning", "error", "critical"), nullable=True),
     "vocabulary_size": idle(whole(1), "the tokenizer of the data gives it", nullable=True),
     "dataloader_drop_last": idle(FLAG, NO_DATA),
-    "use_data_before_expert_parallelism": refused("remove the key; mixture of experts is not offered"),
+    "use_data_before_expert_parallelism": refused("remove the key; experts are not distributed over ranks"),
     "allgather_size": refused("remove the key; it belongs to an old format of zero_optimization", only()),
     "optimizer": ours(OBJECT, "[optimizer]"),
     "optimizer.type": ours(TEXT, "optimizer.kind"),
@@ -166,7 +166,7 @@ ZERO = {
     "log_trace_cache_warnings": used(FLAG),
     "enable_sanity_checks": used(FLAG),
     "save_muon_momentum_buffer_in_memory": idle(FLAG, NO_SWAPPER),
-    "leaf_module": refused("remove it; it is for mixtures of experts, which are not offered",
+    "leaf_module": refused("remove it; the experts of a layer are gathered together without it",
                            inside="classes names name_suffixes"),
 } | {prefix + name: key for name, key in STAGE3.items() for prefix in ("stage3_", "")}  # fmt: skip
 
@@ -297,7 +297,7 @@ OFF_ONLY = {
         "partition_config preset_model keep_module_on_host replace_with_kernel_inject kernel_inject",
     ),
     "expert_parallel": refused(
-        "set enabled = false; mixture of experts is not offered",
+        "set enabled = false; experts are set by [model.experts] of the run file, and are not distributed over ranks",
         enabled_by("enabled", False),
         "enabled autoep_size expert_tensor_parallel_size validate_folding_routing async_split_plan preset_model "
         "moe_layer_pattern expert_pattern router_pattern use_grouped_mm disable_triton_grouped_mm route_norm "

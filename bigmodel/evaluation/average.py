@@ -146,8 +146,8 @@ class Judge:
 
     def loss(self, ingredients: Sequence[Ingredient]) -> float:
         mean = Mean([one.weights for one in ingredients])
-        for name, parameter in self._model.named_parameters():
-            parameter.data.copy_(mean.weight(name).view(parameter.shape))
+        for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
+            tensor.data.copy_(mean.weight(name).view(tensor.shape))
         return self._validation.run(self._forward, ALONE, packs=self._sequences).nats_per_token
 
     @torch.no_grad()

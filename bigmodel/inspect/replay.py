@@ -37,6 +37,7 @@ from bigmodel.run_directory import changes, package_versions
 from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.exact_start import write_exactly
+from bigmodel.training.expert_balance import ExpertBalance
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.pruning import Pruner
 from bigmodel.training.qk_clip import AttentionScores
@@ -244,11 +245,12 @@ def _train_again(
     record: Record, stream: Stream, engine: Engine, model: Any, settings: Settings, begun: int, until: int
 ) -> None:
     """Train the steps after the checkpoint, up to the one before `until`. Collective."""
-    pruner = Pruner(settings.pruning, engine, begun)
+    pruner, experts = Pruner(settings.pruning, engine, begun), ExpertBalance(model)
     for number in range(begun + 1, until):
         step, then = next(stream), record.start(number).settings
         scores = AttentionScores(model, then, engine.world)
         scores.begin()
+        experts.begin()
         for at, batch in enumerate(step.micro_batches, 1):
             engine.micro_batch(batch.to(engine.world.device), step.weight, at == len(step.micro_batches))
         if model.teacher:
@@ -257,6 +259,7 @@ def _train_again(
         skip = record.is_left_out(number) or not norm < float("inf")
         rate, momenta = learning_rate(step.number, then), betas(step.number, then)
         engine.update(rate, skip=skip, betas=momenta, row_factors=clip.row_factors)
+        experts.move(engine.world.sum_(experts.take()), step.weight, skip=skip)
         pruner.step(number)
         if engine.world.rank == 0 and number % SHOWN_EVERY == 0:
             print(f"step {number} trained again", file=sys.stderr, flush=True)

@@ -34,6 +34,9 @@ from bigmodel.kernels.permute import expert_rows, permute, unpermute
 from bigmodel.model.layers import ACTIVATIONS, FeedForward
 
 
+NOTHING = 1e-20  # added to sums of sigmoids, as in DeepSeek-V3
+
+
 def has_experts(settings: ModelSettings, layer: int) -> bool:
     """Whether a layer, counted from 0, has experts. Multi-token prediction modules come after all layers."""
     return settings.experts is not None and layer >= settings.experts.first_dense_layers
@@ -156,7 +159,7 @@ class MixtureOfExperts(nn.Module):
         experts_TK = ranked_TE.topk(self.settings.per_token, dim=-1).indices
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.settings.normalize_weights:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+            weights_TK = _shares(weights_TK)
         return experts_TK, weights_TK * self.settings.route_scale
 
     def terms(self, logits_TE: Tensor, scores_TE: Tensor, weight_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,10 +169,15 @@ class MixtureOfExperts(nn.Module):
         z_sum = (squares_T * weight_T).sum()
         term = settings.router_z_weight * z_sum if settings.router_z_weight else z_sum.new_zeros(())
         if self.router.load is not None:
-            p_TE = scores_TE if settings.scores == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
+            p_TE = scores_TE if settings.scores == "softmax" else _shares(scores_TE)
             p_E = (p_TE * weight_T[:, None]).sum(0)
             term = term + settings.balance_weight * settings.count * (self.router.load * p_E).sum()
         return term, z_sum.detach()
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """Divided by their sum; 0 where all sigmoids are 0. No other sum has its bits changed."""
+    return scores / (scores.sum(-1, keepdim=True) + NOTHING)
 
 
 def mixtures(model: nn.Module) -> list[MixtureOfExperts]:

@@ -12,7 +12,7 @@ integer per rank, every `training.replica_check_every_steps` steps.
 Which rank is wrong:
 - the majority is right;
 - under ZeRO 1 and 2 each weight has one master: gathering them again restores the wrong copies, and only those;
-- frozen weights and buffers never change: who differs from its own first hash is wrong;
+- frozen weights never change: who differs from its own first hash is wrong; loads and biases of experts do change;
 - otherwise, with two replicas, both are named.
 """
 
@@ -68,8 +68,8 @@ class Replicas:
         return dict(zip(named, torch.stack(sums).tolist() if sums else [], strict=True))
 
     def _unchanging(self, hashes: dict[str, int]) -> dict[str, int]:
-        trained = set(self._engine.trained())
-        return {name: one for name, one in hashes.items() if name not in trained and " of " not in name}
+        changing = {*self._engine.trained(), *self._engine.buffers}
+        return {name: one for name, one in hashes.items() if name not in changing and " of " not in name}
 
     def _end(self, done: int, hashes: dict[str, int]) -> None:
         world = self._world

@@ -174,10 +174,10 @@ def _new_parameters(dtype: torch.dtype, device: torch.device | str) -> Iterator[
 
 
 def _content(model: nn.Module) -> str:
-    """sha256 of a model's settings and of the names, types, shapes and bytes of its parameters."""
+    """sha256 of a model's settings and of the names, types, shapes and bytes of its parameters and buffers."""
     table = model.settings.model_dump(mode="json", exclude_defaults=True)  # later versions have more settings
     digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode())
-    for name, parameter in model.named_parameters():
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

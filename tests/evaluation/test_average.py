@@ -106,6 +106,17 @@ def test_a_greedy_soup_is_never_worse_than_the_best_checkpoint_and_follows_the_p
     assert len(set(losses.values())) == 4
 
 
+def test_a_greedy_soup_is_judged_with_the_biases_of_its_experts(shards: Path, tmp_path: Path) -> None:
+    """At this rate they choose other experts than without."""
+    changes = ["training.steps=4", "checkpoint.every_steps=2", "model.experts.bias_rate=0.5"]
+    arguments = [word for change in changes for word in ("--set", change)]
+    run_ranks(1, command, ["train", str(write_run(tmp_path, shards, balance="bias")), *arguments], tmp_path / "printed")
+    said: list[str] = []
+    average([tmp_path / "run"], tmp_path / "soup", greedy=True, say=said.append)
+    last = loss_of(alone(tmp_path / "run", 4, tmp_path / "last"))
+    assert any(line.startswith(f"{tmp_path / 'run'}, step 4: {last:.4f} nats") for line in said), (last, said)
+
+
 def test_the_greedy_recipe_tries_the_best_first_and_keeps_what_does_not_raise_the_loss() -> None:
     """The losses of means are a table; equal losses are kept, as in the paper; nan is tried last and left out."""
     table = {"A": 2.40, "B": 2.50, "C": 2.45, "D": float("nan"), "AC": 2.38, "ACB": 2.39, "ACD": float("nan")}

@@ -233,6 +233,16 @@ def test_steps_whose_scores_were_clipped_are_repeated_to_the_last_bit(data: Path
     assert all(one["equal"] for one in found_in(tmp_path / "out")["recorded"].values())
 
 
+@pytest.mark.parametrize(("balance", "strength"), [("loss", "balance_weight"), ("bias", "bias_rate")])
+def test_loads_and_biases_of_experts_move_in_steps_that_are_trained_again(
+    data: Path, tmp_path: Path, balance: str, strength: str
+) -> None:
+    run_file = write_run(tmp_path, data, balance=balance)
+    run_ranks(1, train, run_file, "training.steps=8", "checkpoint.every_steps=4", f"model.experts.{strength}=0.5")
+    run_ranks(1, replay, tmp_path / "run", 7, tmp_path / "out", 4)
+    assert all(one["equal"] for one in found_in(tmp_path / "out")["recorded"].values())
+
+
 def test_the_first_steps_of_a_new_plan_are_repeated_also_before_its_first_checkpoint(
     data: Path, tmp_path: Path
 ) -> None:

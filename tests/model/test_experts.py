@@ -216,6 +216,20 @@ def test_a_bias_changes_the_choice_and_not_the_weights() -> None:
     assert [one.tolist() for one in layer.choose(scores_TE)] == [[[1]], [[0.3]]]
 
 
+def test_scores_that_are_all_0_give_no_weight_and_no_nan() -> None:
+    layer = layer_of(torch.float32, scores="sigmoid", balance_weight=0.5)
+    with torch.no_grad():
+        layer.router.weight.fill_(-100.0)
+    x_TH, routing = torch.ones(5, 32, requires_grad=True), Routing(batch_of(range(1)), records=True)
+    routing.padding_T, routing.weight_T = None, torch.ones(5)
+    out_TH = layer(x_TH, routing)
+    assert out_TH.abs().max() == 0
+    term = routing.close().term
+    assert term == 0
+    for gradient in torch.autograd.grad(out_TH.sum() + term, [x_TH, *layer.parameters()]):
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_loads_and_biases_stay_in_fp32_in_every_precision(dtype: torch.dtype) -> None:
     for name in ("loss", "bias"):
