@@ -33,7 +33,6 @@ from bigmodel.kernels.grouped_matmul import grouped_matmul
 from bigmodel.kernels.permute import expert_rows, permute, unpermute
 from bigmodel.model.layers import ACTIVATIONS, FeedForward
 
-
 NOTHING = 1e-20  # added to sums of sigmoids, as in DeepSeek-V3
 
 

@@ -81,5 +81,5 @@ def test_loads_of_experts_that_moved_do_not_hide_the_wrong_rank(tmp_path: Path) 
     ranks.buffers["load"].fill_(0.5)
     replicas.check(2)
     ranks.differs = True
-    with pytest.raises(Restart, match="rank 1 on .* holds other bits than the other ranks in weight: bad memory"):
+    with pytest.raises(Restart, match=r"rank 1 on .* holds other bits than the other ranks in weight: bad memory"):
         replicas.check(3)
