@@ -19,7 +19,7 @@ class ExpertSettings(Section):
     padding. The balance loss uses the loads of the step before, so that it is a sum over tokens, as the loss is.
     """
 
-    count: int = Field(ge=1, description="experts of a layer")
+    count: int = Field(ge=1, le=32_767, description="experts of a layer")
     per_token: int = Field(2, ge=1, description="experts that a token passes")
     width: int = Field(0, ge=0, description="intermediate size of one expert; 0: model.intermediate_size")
     shared: int = Field(
@@ -79,6 +79,11 @@ def problem_of_experts(model: Any) -> str:
         return (
             f"model.experts.first_dense_layers = {model.experts.first_dense_layers} leaves no layer with experts of "
             f"model.num_layers = {model.num_layers}; lower it"
+        )
+    if model.experts.per_token == 1 < model.experts.count and model.experts.normalize_weights:
+        return (
+            "model.experts.per_token = 1 with normalize_weights = true: the weight of a token's only expert is 1, so "
+            "that the loss teaches the router nothing; set model.experts.normalize_weights = false"
         )
     if not model.gated or model.feed_forward_bias:
         name, value = ("feed_forward_bias", "true") if model.gated else ("gated", "false")

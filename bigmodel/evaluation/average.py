@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from bigmodel.config.expert_settings import STRENGTHS
 from bigmodel.config.model_settings import DRAWN
 from bigmodel.config.sections import SAVED
 from bigmodel.config.settings import ModelSettings, Settings, UserError, settings_from_table
@@ -258,8 +259,10 @@ def _tokenizer(one: Ingredient) -> str:
 
 
 def _saved_model(one: Ingredient) -> dict[str, Any]:
-    """The model settings of a checkpoint, also those that its version did not have."""
-    return ModelSettings.model_validate(one.checkpoint.description["model"], context=SAVED).model_dump(mode="json")
+    """The model settings of a checkpoint, also those that its version did not have; of experts without the strengths
+    of their balance, which are of training."""
+    settings = ModelSettings.model_validate(one.checkpoint.description["model"], context=SAVED)
+    return settings.model_dump(mode="json", exclude={"experts": set(STRENGTHS)})
 
 
 def _have_one_beginning(one: Ingredient, other: Ingredient) -> bool:

@@ -57,6 +57,8 @@ def test_a_start_from_a_run_takes_its_experts(tmp_path: Path) -> None:
             {},
             "first_dense_layers = 12 leaves no layer with experts of model.num_layers = 12",
         ),
+        ({"count": 32_768}, {}, "model.experts.count = 32768"),
+        ({"per_token": 1}, {}, "model.experts.per_token = 1 with normalize_weights = true: the weight of a token's"),
         ({}, {"model": {"gated": False}}, "model.gated = false with model.experts: experts are gated"),
         ({}, {"model": {"feed_forward_bias": True}}, "model.feed_forward_bias = true with model.experts"),
         (

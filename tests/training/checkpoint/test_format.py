@@ -333,7 +333,7 @@ def test_of_experts_only_the_strengths_of_the_balance_may_change(tmp_path: Path)
     found, weights = checkpoint.newest(tmp_path), Weights(9)
     assert found is not None
     for other, words in (
-        (settings_of(per_token=1), r"per_token = 1, but checkpoint .* was made with 2"),
+        (settings_of(per_token=3), r"per_token = 3, but checkpoint .* was made with 2"),
         (settings_of(balance="bias"), r"balance = bias, but checkpoint .* was made with loss"),
         (SETTINGS, r"model\.experts = None, but checkpoint .* was made with \{"),
     ):
