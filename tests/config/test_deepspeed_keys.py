@@ -87,7 +87,7 @@ def test_a_value_of_a_wrong_type_is_told_with_the_right_one() -> None:
         ("comet.api_key", "k3y", "comet.api_key = ...: remove it from the file"),
         ("zero_optimization.offload_param.device", "NVMe", "offload_optimizer alone"),
         ("zero_force_ds_cpu_optimizer", True, "remove the key; optimizers are"),
-        ("zero_optimization.leaf_module", {"names": ["blocks"]}, "mixtures of experts"),
+        ("zero_optimization.leaf_module", {"names": ["blocks"]}, "gathered together without it"),
         ("torch_autocast", {"enabled": True}, "torch_autocast.enabled = true"),
         ("flops_profiler", {"enabled": True, "profile_step": 1}, "bigmodel profile RUN trace"),
         ("zero_optimization.zenflow", {"topk_ratio": 0.1}, "ZenFlow is not offered"),
