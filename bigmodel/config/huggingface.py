@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bigmodel.config.huggingface_classes import CLASSES_WITH_LABELS, config_of_labels, lacking_for_labels
+from bigmodel.config.huggingface_experts import COUNT, differences_of_experts, read_experts, write_experts
 from bigmodel.config.huggingface_rope import read_rope, write_rope
 from bigmodel.config.huggingface_values import check_values
 from bigmodel.config.model_settings import DRAWN, ModelSettings
@@ -35,6 +36,10 @@ CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "dots1": "Dots1ForCausalLM",
     "t5": "T5ForConditionalGeneration",
     "mt5": "MT5ForConditionalGeneration",
     "bert": "BertModel",
@@ -78,6 +83,27 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "phi3": DECODER_DEFAULTS | {
         "rms_norm_eps": 1e-5, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
     },
+    "mixtral": DECODER_DEFAULTS | {
+        "num_key_value_heads": 8, "intermediate_size": 14_336, "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5, "rope_theta_default": 1_000_000.0, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+    },
+    "qwen3_moe": DECODER_DEFAULTS | {
+        "hidden_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4, "intermediate_size": 6144,
+        "max_position_embeddings": 32_768, "use_sliding_window": False, "sliding_window": 4096, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.001, "decoder_sparse_step": 1, "mlp_only_layers": (),
+    },
+    "olmoe": DECODER_DEFAULTS | {
+        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16, "intermediate_size": 2048,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8,
+        "norm_topk_prob": False, "router_aux_loss_coef": 0.01,
+    },
+    "dots1": DECODER_DEFAULTS | {
+        "hidden_size": 4608, "num_hidden_layers": 62, "num_key_value_heads": 32, "intermediate_size": 10_944,
+        "sliding_window": 4096, "max_window_layers": 62, "moe_intermediate_size": 1408, "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1,
+    },
     "t5": T5 | {
         "d_ff": 2048, "num_layers": 6, "num_heads": 8, "feed_forward_proj": "relu",
         "tie_word_embeddings": True,
@@ -107,6 +133,9 @@ FIXED: dict[str, dict[str, Any]] = {
     "olmo3": OLMO,
     "gemma2": {"norm_placement": "sandwich", "zero_centered_norm": True},
     "gemma3_text": {"norm_placement": "sandwich", "zero_centered_norm": True, "qk_norm": True},
+    "qwen3_moe": {"qk_norm": True},
+    "olmoe": {"qk_norm": True, "qk_norm_over": "all_heads"},
+    "dots1": {"qk_norm": True},
 }
 FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4}  # where layer_types is absent
 # A config.json does not hold them; the rows of the vocabulary are the embedding's.
@@ -154,16 +183,20 @@ def differences(kind: str, settings: ModelSettings) -> list[str]:
         bodies = [body.model_copy(update={"tied_embeddings": tied}) for tied in (True, False)]  # of no effect here
         lacking = min((differences(kind, one) for one in bodies), key=len)
         return lacking + lacking_for_labels(kind, settings.classification)
+    if (kind in COUNT) != (settings.experts is not None):
+        return [f"model.experts.count = {settings.experts.count}" if settings.experts else "a model without experts"]
     try:
-        back = read_config(write_config(kind, settings, 1, settings.max_positions or 1)).model_dump()
+        read = read_config(write_config(kind, settings, 1, settings.max_positions or 1))
     except (UserError, ValueError):
         return ["model.kind"]
+    ours, back = settings.model_dump(exclude={"experts"}), read.model_dump(exclude={"experts"})
     if kind != "phi3":  # the other classes rotate whole heads, whatever partial_rotary_factor says
         back["rotary_fraction"] = 1.0
     if kind in ("t5", "mt5"):  # transformers 4 scales the output if and only if it is tied; 5 never scales mT5's
         back["logit_scale"] = settings.hidden_size**-0.5 if settings.tied_embeddings else 1.0
         back["tied_embeddings"] = settings.tied_embeddings and kind == "t5"
-    ours = settings.model_dump()
+    if settings.experts and not settings.experts.first_dense_layers:  # no layer has it
+        back["intermediate_size"] = settings.intermediate_size
     for table in (ours, back):
         table["head_dim"] = table["head_dim"] or table["hidden_size"] // table["num_heads"]
         for name in ENCODER_SIZES if table["kind"] == "encoder_decoder" else ():
@@ -172,7 +205,7 @@ def differences(kind: str, settings: ModelSettings) -> list[str]:
         f"model.{name} = {value!r}"
         for name, value in ours.items()
         if value != back[name] and name not in NOT_OF_THE_MODEL
-    ]
+    ] + differences_of_experts(settings, read)
 
 
 def refuse_recurrent(settings: ModelSettings) -> None:
@@ -194,7 +227,8 @@ def fitting_type(settings: ModelSettings, preferred: str = "") -> str:
     fitting = [kind for kind, lacks in lacking.items() if not lacks]
     if fitting:
         return fitting[0]
-    of_its_kind = KINDS.get(settings.kind) or [kind for kind in CLASSES if kind not in sum(KINDS.values(), ())]
+    decoders = [kind for kind in CLASSES if (kind in COUNT) == (settings.experts is not None)]
+    of_its_kind = KINDS.get(settings.kind) or [kind for kind in decoders if kind not in sum(KINDS.values(), ())]
     nearest = min(of_its_kind, key=lambda kind: len(lacking[kind]))
     raise UserError(
         f"{', '.join(lacking[nearest])}: no Hugging Face class has it; the nearest is {CLASSES[nearest]}; "
@@ -209,7 +243,7 @@ def _read_decoder(config: Config) -> ModelSettings:
     kind, heads = config["model_type"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     window, rope = _read_window(config), read_rope(config)
-    if window and rope["rope_scaling"] and kind in ("qwen2", "qwen3", "mistral", "phi3"):
+    if window and rope["rope_scaling"] and kind in ("qwen2", "qwen3", "mistral", "phi3", *COUNT):
         theirs = config.get("rope_scaling") or config.get("rope_parameters")
         raise UserError(
             f"rope_scaling = {theirs} with sliding_window = {config['sliding_window']}: our "
@@ -239,7 +273,7 @@ def _read_decoder(config: Config) -> ModelSettings:
         }
     if not window:
         settings.pop("sliding_rope_theta", None)
-    return ModelSettings(**settings | FIXED.get(kind, {}))
+    return ModelSettings(**settings | FIXED.get(kind, {}) | read_experts(config))
 
 
 def _write_decoder(kind: str, settings: ModelSettings) -> dict[str, Any]:
@@ -258,8 +292,10 @@ def _write_decoder(kind: str, settings: ModelSettings) -> dict[str, Any]:
     }
     if kind != "llama" and not theirs["mlp_bias"]:
         del theirs["mlp_bias"]
-    if kind in ("mistral", "qwen2", "phi3"):
+    if kind in ("mistral", "qwen2", "phi3", "mixtral"):
         del theirs["attention_bias"]
+    if kind == "olmoe":
+        del theirs["head_dim"]
     if kind == "phi3" and settings.resolved_head_dim * settings.num_heads == settings.hidden_size:
         del theirs["head_dim"]
     if kind.startswith("gemma"):
@@ -275,18 +311,19 @@ def _write_decoder(kind: str, settings: ModelSettings) -> dict[str, Any]:
         of_full = {"rope_type": "default", "rope_theta": settings.rope_theta} | (theirs["rope_scaling"] or {})
         of_sliding = {"rope_type": "default", "rope_theta": settings.rope_theta}
         theirs["rope_parameters"] = {"full_attention": of_full, "sliding_attention": of_sliding}
-    return theirs | _write_window(kind, settings)
+    return theirs | _write_window(kind, settings) | write_experts(kind, settings)
 
 
 def _read_window(config: Config) -> dict[str, int]:
     """sliding_window, full_attention_every and first_full_attention."""
     kind, layers, window = config["model_type"], config["num_hidden_layers"], config.get("sliding_window")
-    if not window or kind in ("llama", "olmo2") or (kind in ("qwen2", "qwen3") and not config["use_sliding_window"]):
+    may_slide = config["use_sliding_window"] if kind.startswith("qwen") else kind not in ("llama", "olmo2", "olmoe")
+    if not window or not may_slide:
         if config.get("use_sliding_window") and kind == "llama":
             raise UserError("use_sliding_window = True: Llama has no sliding layers")
         return {}
     kinds = config.get("layer_types")
-    if not kinds and kind in ("qwen2", "qwen3"):
+    if not kinds and kind in ("qwen2", "qwen3", "dots1"):
         kinds = _pattern(layers, lambda number: number <= config["max_window_layers"])
     elif not kinds:
         every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or FULL_EVERY.get(kind, 0)
@@ -317,10 +354,10 @@ def _from_pattern(window: int, kinds: list[str]) -> dict[str, int]:
 def _write_window(kind: str, settings: ModelSettings) -> dict[str, Any]:
     every, first = settings.full_attention_every, settings.first_full_attention
     window = settings.sliding_window or None
-    if kind in ("llama", "olmo2"):
+    if kind in ("llama", "olmo2", "olmoe"):
         return {}
-    if kind in ("mistral", "phi3"):
-        return {"sliding_window": window}
+    if kind in ("mistral", "phi3", "mixtral", "qwen3_moe"):
+        return {"sliding_window": window} | ({"use_sliding_window": bool(window)} if kind == "qwen3_moe" else {})
     kinds = _pattern(
         settings.num_layers,
         lambda number: not window or (every > 0 and number >= first and (number - first) % every == 0),

@@ -14,8 +14,12 @@ NUMBERS = (
     "vocab_size", "num_key_value_heads", "head_dim", "sliding_window", "num_decoder_layers", "partial_rotary_factor",
     "rope_theta", "rope_local_base_freq", "max_position_embeddings", "n_positions", "sliding_window_pattern",
     "_sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping", "factor",
+    "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
 )  # fmt: skip
-AT_LEAST_1 = ("vocab_size", "num_attention_heads", "num_heads", "head_dim", "d_kv", "global_attn_every_n_layers")
+AT_LEAST_1 = (
+    "vocab_size", "num_attention_heads", "num_heads", "head_dim", "d_kv", "global_attn_every_n_layers",
+    "decoder_sparse_step", "n_group", "topk_group",
+)  # fmt: skip
 TABLES = ("rope_scaling", "rope_parameters", "full_attention", "sliding_attention")
 NAMES = ("model_type", "rope_type", "type")
 
@@ -44,6 +48,9 @@ def _wanted(name: str, value: Any, defaults: Mapping[str, Any]) -> str:
         return "" if isinstance(value, str) else "a name"
     if name in TABLES:
         return "" if isinstance(value, Mapping) else "a table"
+    if name == "mlp_only_layers":
+        is_list = isinstance(value, list | tuple) and all(isinstance(layer, int) for layer in value)
+        return "" if is_list else "a list of numbers of layers"
     if name == "layer_types":
         is_list = isinstance(value, list | tuple) and all(isinstance(kind, str) for kind in value)
         return "" if is_list else "a list of names"

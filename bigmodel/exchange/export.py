@@ -25,11 +25,13 @@ from bigmodel.exchange.mup import folded, without_mup
 from bigmodel.exchange.quantization import Card, Form, Gguf, form_of, losses_of
 from bigmodel.exchange.tokenizer_files import as_json, read_description, token_ids, tokenizer_files
 from bigmodel.model.huggingface.folder import BESIDE, MAX_BYTES, write_folder
-from bigmodel.model.huggingface.weights import Names, names_of
+from bigmodel.model.huggingface.weights import Names, names_of, shape_of_rows
 from bigmodel.run_directory import read_json
 from bigmodel.training.checkpoint import format as checkpoint
 
 MTP = "extra_blocks."  # our names
+ROUTER_BIAS = ".router.bias"  # moves by 0.001, which bf16 rounds away: fp32 in DeepSeek-V3's files too
+TRAINING_STATE = ".router.load"  # of the last step: no weight of the model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,7 +55,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         self._source, self._dtype = source, dtype
         self._places: dict[str, tuple[str, int, list[int]]] = {}
         for ours, parts in names.items():
-            shape = source.shape(ours)
+            shape = shape_of_rows(source.shape(ours))
             first = 0
             for theirs, rows in parts:
                 rows = rows or shape[0]
@@ -70,10 +72,10 @@ class CheckpointWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         ours, first, shape = self._places[name]
         row = torch.Size(shape[1:]).numel()
-        return self._source.read(ours, first * row, torch.Size(shape).numel()).view(shape).to(self._dtype)
+        return self._source.read(ours, first * row, torch.Size(shape).numel()).view(shape).to(self.dtype_of(name))
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self._dtype
+        return torch.float32 if self._places[name][0].endswith(ROUTER_BIAS) else self._dtype
 
     def shape(self, name: str) -> list[int]:
         return self._places[name][2]
@@ -245,7 +247,7 @@ def _remarks(
             f"MTP modules: {name_of_class} has none; they are in {BESIDE} as model.layers.{first}{last}, DeepSeek-V3's "
             "names, without enorm, hnorm and eh_proj, because ours read no further token"
         )
-    if left := [name for name in source.names() if name not in names]:
+    if left := [name for name in source.names() if name not in names and not name.endswith(TRAINING_STATE)]:
         found.append(f"left out, because {name_of_class} has none: {', '.join(left)}")
     objectives = settings.data.wanted_objectives
     reads_both_ways = settings.model.kind == "decoder" and settings.data.bidirectional_prefix

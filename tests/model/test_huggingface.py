@@ -42,6 +42,11 @@ TWO_SIDES = {
 }  # fmt: skip
 UNTIED = {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, **EVERY_SECOND}
+EXPERTS_OF_QWEN = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DEEPSEEK = {
+    "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 2,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+}  # fmt: skip
 MODERN = {"num_hidden_layers": 4, "global_attn_every_n_layers": 3, "local_attention": 6}
 
 # By name: type, changes of its configuration, and what our settings are beside sizes.
@@ -66,6 +71,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {**GEMMA, "rope_local_base_freq": 100.0, "rope_scaling": EIGHTFOLD}),
     "phi3": ("phi3", {"sliding_window": 5}),
     "phi3 partial": ("phi3", {"partial_rotary_factor": 0.5, "head_dim": 16}),
+    "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}),
+    "mixtral sliding": ("mixtral", {"num_local_experts": 1, "num_experts_per_tok": 1, "sliding_window": 5}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS_OF_QWEN | {"norm_topk_prob": True, "mlp_only_layers": [0], "head_dim": 20}),
+    "qwen3_moe sliding": ("qwen3_moe", EXPERTS_OF_QWEN | {"use_sliding_window": True, "sliding_window": 5}),
+    "olmoe": ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
+    "olmoe normalized": ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "dots1": ("dots1", DEEPSEEK | {"norm_topk_prob": True}),
+    "dots1 sliding": ("dots1", DEEPSEEK | EVERY_SECOND | {"attention_bias": True, "first_k_dense_replace": 0}),
     "t5 1.0": ("t5", {}),
     "t5 1.1": ("t5", UNTIED),
     "ul2": ("t5", {"tie_word_embeddings": False, "feed_forward_proj": "gated-silu"}),
@@ -94,8 +107,9 @@ def made(kind: str, **changes: Any) -> torch.nn.Module:
 
 def randomize(model: torch.nn.Module) -> torch.nn.Module:
     """Norms too: their initial ones would hide a mix-up."""
+    biases = [bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")]
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in [*model.parameters(), *biases]:
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() == 1 else 0.05))
     return model.eval()
 
@@ -104,10 +118,12 @@ def ours_of(theirs: torch.nn.Module) -> Transformer:
     settings, weights = from_transformers(theirs.config.to_dict(), theirs.state_dict())
     model = Transformer(settings, len(weights["embedding.weight"]))
     with torch.no_grad():
-        parameters = dict(model.named_parameters())
-        assert set(parameters) == set(weights)
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+        ours = dict(model.named_parameters()) | {
+            name: bias for name, bias in model.named_buffers() if name.endswith(".bias")
+        }
+        assert set(ours) == set(weights)
+        for name, weight in ours.items():
+            weight.copy_(weights[name])
     return model
 
 
@@ -136,6 +152,7 @@ def compare(theirs: torch.nn.Module, batch: Batch) -> None:
         else:
             torch.nn.functional.cross_entropy(found, labels, reduction="sum", ignore_index=IGNORED).backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()}
+    gradients |= {name: bias for name, bias in theirs.named_buffers() if name.endswith("e_score_correction_bias")}
     _, expected = from_transformers(theirs.config.to_dict(), gradients)
     for name, parameter in ours.named_parameters():
         scale = expected[name].abs().max()

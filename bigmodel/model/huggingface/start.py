@@ -20,7 +20,7 @@ from bigmodel.config.huggingface import read_config
 from bigmodel.config.settings import ModelSettings, UserError
 from bigmodel.config.start_folder import read_config_json
 from bigmodel.model.huggingface.folder import FolderWeights, RenamedWeights
-from bigmodel.model.huggingface.weights import as_stored, check, names_of, without_prefix
+from bigmodel.model.huggingface.weights import as_stored, by_expert, check, names_of, without_prefix
 from bigmodel.model.init import generator_of
 
 NOISE = 0.01
@@ -58,7 +58,7 @@ class StartWeights(OpenWeights):
     def __init__(self, folder: Path, settings: ModelSettings) -> None:
         """Raises `UserError` for weights that are missing, left over, or of another shape than config.json says."""
         config, settings = read_config_json(folder), settings.with_classes_of(None)
-        self.folder, self._theirs = folder, _weights_of(folder, config["model_type"])
+        self.folder, self._settings, self._theirs = folder, settings, _weights_of(folder, config["model_type"])
         self._names = names_of(config["model_type"], settings.model_copy(update={"num_mtp_modules": 0}))
         try:
             check(self._names, settings, self._theirs, config.get("vocab_size") or 0)
@@ -73,12 +73,24 @@ class StartWeights(OpenWeights):
 
     def read(self, name: str) -> Tensor:
         """fp32. Raises `UserError` for values that are not finite."""
-        parts = []
-        for theirs, _ in self._names[name]:
-            parts.append(self._theirs[theirs].float())
-            if not all(bool(end.isfinite()) for end in parts[-1].aminmax()):  # without a copy
-                raise UserError(f"{self.folder}: {theirs} holds NaN or infinite values; fetch the folder again")
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = self._names[name]
+        if len(parts) == 1:
+            return by_expert(name, self._read(parts[0][0]), self._settings)
+        rows_NH, first = None, 0
+        for theirs, count in parts:
+            part = self._read(theirs)
+            if rows_NH is None:
+                rows_NH = part.new_empty(sum(rows for _, rows in parts), *part.shape[1:])
+            rows_NH[first : first + count] = part
+            first += count
+        assert rows_NH is not None
+        return by_expert(name, rows_NH, self._settings)
+
+    def _read(self, theirs: str) -> Tensor:
+        weight = self._theirs[theirs].float()
+        if not all(bool(end.isfinite()) for end in weight.aminmax()):  # without a copy
+            raise UserError(f"{self.folder}: {theirs} holds NaN or infinite values; fetch the folder again")
+        return weight
 
 
 def takes(settings: ModelSettings, weights: OpenWeights, name: str) -> bool:

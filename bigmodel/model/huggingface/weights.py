@@ -5,10 +5,13 @@ directions follow from it: theirs are concatenated, ours are split. Example, Lla
 of 16 channels:
 
     blocks.0.attention.query_key_value.weight: q_proj 64 rows, k_proj 32 rows, v_proj 32 rows
+
+Matrices of experts, (experts, rows, columns) here, stand one below the other, too: gate_up of experts of 16 channels is
+gate_proj 16 rows, up_proj 16 rows of the first one, then those of the second one.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from torch import Tensor
 from bigmodel.config.huggingface import Config, read_config
 from bigmodel.config.model_settings import ModelSettings
 from bigmodel.config.settings import UserError
+from bigmodel.model.experts import has_experts
 from bigmodel.model.huggingface.class_head import with_class_head
 from bigmodel.model.transformer import Transformer
 
@@ -44,6 +48,8 @@ T5_COPIES = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_toke
 HEADS = ("pooler.", "cls.", "head.", "decoder.", "classifier.")  # of encoders
 CLASS_HEAD = "score.weight"  # of decoders
 NO_COPIES = "no copies, as config.json says, of the weight in brackets"
+OF_EXPERTS = (".experts.gate_up", ".experts.down")
+EXPERTS = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2")}  # their layer, gate, up and down
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,7 +62,20 @@ def from_transformers(config: Config, state: Mapping[str, Tensor]) -> tuple[Mode
     settings = as_stored(kind, settings, theirs)
     names = names_of(kind, settings)
     check(names, settings, theirs, config.get("vocab_size") or 0)
-    return settings, {ours: _joined([theirs[name] for name, _ in parts]) for ours, parts in names.items()}
+    joined = {ours: _joined([theirs[name] for name, _ in parts]) for ours, parts in names.items()}
+    return settings, {name: by_expert(name, rows, settings) for name, rows in joined.items()}
+
+
+def by_expert(name: str, rows: Tensor, settings: ModelSettings) -> Tensor:
+    """A weight of ours from its rows: matrices of experts get their dimension."""
+    if settings.experts is None or not name.endswith(OF_EXPERTS):
+        return rows
+    return rows.view(settings.experts.count, -1, rows.shape[-1])
+
+
+def shape_of_rows(shape: Sequence[int]) -> list[int]:
+    """Of a weight of ours whose experts' matrices stand one below the other."""
+    return [shape[0] * shape[1], shape[2]] if len(shape) == 3 else list(shape)
 
 
 def as_stored(kind: str, settings: ModelSettings, theirs: Mapping[str, Tensor]) -> ModelSettings:
@@ -119,13 +138,14 @@ def _misshapen(names: Names, settings: ModelSettings, theirs: Mapping[str, Tenso
     rows_of_embedding = vocabulary or embedding.numel() // settings.hidden_size
     with torch.device("meta"):
         model = Transformer(settings.model_copy(update={"num_mtp_modules": 0}), rows_of_embedding)
-    ours = {name: parameter.shape for name, parameter in model.named_parameters()}
+    state = [*model.named_parameters(), *(one for one in model.named_buffers() if one[0] in names)]
+    ours = {name: shape_of_rows(weight.shape) for name, weight in state}
     assert ours.keys() == names.keys(), f"no names for {ours.keys() ^ names.keys()}"
     wrong = []
     for name, parts in names.items():
         for part, rows in parts:
             expected = (rows or ours[name][0], *ours[name][1:])
-            if theirs[part].shape != expected:
+            if tuple(theirs[part].shape) != expected:
                 wrong.append(f"{part} {tuple(theirs[part].shape)} instead of {expected}")
     return wrong
 
@@ -139,8 +159,9 @@ def to_theirs(names: Names, ours: Mapping[str, Tensor]) -> Weights:
     """Their weights: views of ours."""
     theirs: Weights = {}
     for name, parts in names.items():
-        rows = [number for _, number in parts] if len(parts) > 1 else [len(ours[name])]
-        theirs |= dict(zip((part for part, _ in parts), ours[name].split(rows), strict=True))
+        weight = ours[name].view(shape_of_rows(ours[name].shape))
+        rows = [number for _, number in parts] if len(parts) > 1 else [len(weight)]
+        theirs |= dict(zip((part for part, _ in parts), weight.split(rows), strict=True))
     return theirs
 
 
@@ -184,11 +205,32 @@ def _decoder(kind: str, settings: ModelSettings) -> Names:
                 ]
             if attention in (True, "all"):
                 names[f"{block}attention.output.{what}"] = [(f"{theirs}self_attn.o_proj.{what}", 0)]
-            if mlp:
+            if mlp and not has_experts(settings, layer):
                 names[f"{block}feed_forward.gate_up.{what}"] = [
                     (f"{theirs}mlp.{name}.{what}", rows) for name, rows in gates
                 ]
                 names[f"{block}feed_forward.down.{what}"] = [(f"{theirs}mlp.down_proj.{what}", 0)]
+        if has_experts(settings, layer):
+            names |= _experts(kind, settings, theirs, f"{block}feed_forward.")
+    return names
+
+
+def _experts(kind: str, settings: ModelSettings, theirs: str, ours: str) -> Names:
+    layer, gate, up, down = EXPERTS.get(kind, ("mlp", "gate_proj", "up_proj", "down_proj"))
+    experts, width, theirs = settings.experts, settings.expert_width, f"{theirs}{layer}."
+    assert experts is not None
+    matrices = [f"{theirs}experts.{number}." for number in range(experts.count)]
+    names: Names = {
+        f"{ours}router.weight": [(f"{theirs}gate.weight", 0)],
+        f"{ours}experts.gate_up": [(f"{one}{name}.weight", width) for one in matrices for name in (gate, up)],
+        f"{ours}experts.down": [(f"{one}{down}.weight", settings.hidden_size) for one in matrices],
+    }
+    if experts.balance == "bias":
+        names[f"{ours}router.bias"] = [(f"{theirs}gate.e_score_correction_bias", 0)]
+    if experts.shared:
+        shared = f"{theirs}shared_experts."
+        gates = [(f"{shared}{name}.weight", experts.shared * width) for name in (gate, up)]
+        names |= {f"{ours}shared.gate_up.weight": gates, f"{ours}shared.down.weight": [(f"{shared}{down}.weight", 0)]}
     return names
 
 
