@@ -46,7 +46,7 @@ def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     if "experts" in model and not _has_experts(theirs, model["experts"]):
         raise UserError(
             f"{origin}: model.experts: not those of model.from = {json.dumps(folder)}; leave them out, or change only "
-            f"{', '.join(STRENGTHS)}"
+            f"{', '.join(_changeable(theirs))}"
         )
     if different:
         listed = "; ".join(f"model.{name} = {model[name]!r} (there {getattr(theirs, name)!r})" for name in different)
@@ -54,7 +54,10 @@ def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     settings = theirs.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
     done = {**table, "model": settings | {"min_vocabulary": rows} | model}
     if theirs.experts is not None:
-        done["model"]["experts"] = settings["experts"] | model.get("experts", {})
+        given, inherited = model.get("experts", {}), settings["experts"]
+        if given.get("balance", theirs.experts.balance) != theirs.experts.balance:  # theirs are of another balance
+            inherited = {name: value for name, value in inherited.items() if name not in STRENGTHS}
+        done["model"]["experts"] = inherited | given
     prepare = table.get("prepare", {})
     has_own = not isinstance(prepare, dict) or {"tokenizer", "vocabulary"} & set(prepare)
     if not has_own and (tokenizer / "tokenizer.json").is_file():
@@ -67,7 +70,13 @@ def _has_experts(theirs: ModelSettings, given: Any) -> bool:
     if theirs.experts is None or not isinstance(given, dict):
         return False
     known = theirs.experts.model_dump(mode="json")
-    return all(value == known.get(name, value) for name, value in given.items() if name not in STRENGTHS)
+    return all(value == known.get(name, value) for name, value in given.items() if name not in _changeable(theirs))
+
+
+def _changeable(theirs: ModelSettings) -> tuple[str, ...]:
+    """Settings of experts that change no weight of the start. Biases that balance experts are weights."""
+    has_biases = theirs.experts is not None and theirs.experts.balance == "bias"
+    return STRENGTHS if has_biases else ("balance", *STRENGTHS)
 
 
 def is_run(folder: Path) -> bool:

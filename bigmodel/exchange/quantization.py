@@ -117,11 +117,13 @@ def form_of(name: str, kind: str, settings: Settings, dtype: str, max_bytes: int
                 f"--quantize int8: transformers with compressed-tensors does not load a quantized {kind} ({why}); "
                 "leave --quantize out"
             )
+        if settings.model.experts:
+            raise UserError("--quantize int8 with model.experts: it is not tested with experts; leave --quantize out")
         return Int8(kind, settings.model, getattr(torch, dtype))
     if name != "q8_0":
         raise UserError(f"--quantize {name}: unknown; use int8 or q8_0")
     if problem := gguf_file.problem_of_gguf(kind, settings.model):
-        raise UserError(f"--quantize q8_0: {problem}; {_other(kind)}")
+        raise UserError(f"--quantize q8_0: {problem}; {_other(kind, settings.model)}")
     for option, given in (("--dtype", dtype != "float32"), ("--max-gib", max_bytes != MAX_BYTES)):
         if given:
             raise UserError(f"{option} has no effect with --quantize q8_0, one file of fixed types; leave it out")
@@ -129,8 +131,8 @@ def form_of(name: str, kind: str, settings: Settings, dtype: str, max_bytes: int
     return Gguf(kind, settings.model)
 
 
-def _other(kind: str) -> str:
-    return "leave it out" if kind in int8.NOT_LOADED else "use --quantize int8"
+def _other(kind: str, model: ModelSettings) -> str:
+    return "leave it out" if kind in int8.NOT_LOADED or model.experts else "use --quantize int8"
 
 
 @torch.no_grad()

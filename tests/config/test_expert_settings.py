@@ -32,7 +32,7 @@ def test_a_start_from_a_run_takes_its_experts(tmp_path: Path) -> None:
     def completed_with(model: dict[str, Any]) -> dict[str, Any]:
         return completed({"model": {"from": str(tmp_path)} | model}, tmp_path / "new.toml")["model"]
 
-    saved = ModelSettings(experts=EXPERTS | {"width": 48}).model_dump(mode="json")
+    saved = ModelSettings(experts=EXPERTS | {"width": 48, "balance_weight": 0.25}).model_dump(mode="json")
     (tmp_path / "settings.json").write_text(json.dumps({"data": {"directory": "data"}}))
     (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
     state = tmp_path / "checkpoints/step-00000004/state.json"
@@ -40,8 +40,14 @@ def test_a_start_from_a_run_takes_its_experts(tmp_path: Path) -> None:
     assert completed_with({})["experts"]["width"] == 48
     more = completed_with({"experts": {"count": 4, "balance_weight": 0.5}})["experts"]
     assert (more["count"], more["width"], more["balance_weight"]) == (4, 48, 0.5)
+    other = completed_with({"experts": {"balance": "bias"}})["experts"]
+    assert (other["balance"], "balance_weight" in other) == ("bias", False)
     with pytest.raises(UserError, match=r"new.toml: model.experts: not those of model.from .* leave them out"):
         completed_with({"experts": {"count": 8}})
+    biased = ModelSettings(experts=EXPERTS | {"balance": "bias"}).model_dump(mode="json")
+    state.write_text(json.dumps({"model": biased, "shapes": {"embedding.weight": [90, 768]}}))
+    with pytest.raises(UserError, match=r"change only balance_weight, bias_rate, router_z_weight"):
+        completed_with({"experts": {"balance": "none"}})
     dense = ModelSettings().model_dump(mode="json")
     state.write_text(json.dumps({"model": dense, "shapes": {"embedding.weight": [90, 768]}}))
     with pytest.raises(UserError, match=r"model.experts: not those of model.from"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bigmodel.config.huggingface import fitting_type
+from bigmodel.config.huggingface import differences, fitting_type
 from bigmodel.config.settings import ModelSettings, Settings, UserError
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.exchange.export import export, export_adapter_of, write_model
@@ -33,7 +33,7 @@ def written(tmp_path: Path, shards: Path) -> Written:
         settings = Settings.model_validate({"model": SMALL | model, "data": DATA | data})
         ours = Transformer(settings.model, 407)
         init_weights(ours, 1)
-        weights = {name: weight.detach() for name, weight in ours.named_parameters()}
+        weights = {name: weight.detach() for name, weight in [*ours.named_parameters(), *ours.named_buffers()]}
         source = WeightSource(
             {name: list(weight.shape) for name, weight in weights.items()},
             "weight",
@@ -113,9 +113,40 @@ def test_a_target_begins_with_the_begin_token_and_every_end_of_the_start_is_kept
         written("t5", t5, {"source_sequence_length": 96})
 
 
+def test_experts_have_the_type_that_computes_them() -> None:
+    """`intermediate_size` is of dense layers only, and strengths of the balance are of training only."""
+    deepseek = {"scores": "sigmoid", "balance": "bias", "shared": 1, "first_dense_layers": 1, "route_scale": 2.5}
+    for kind, model, experts in (
+        ("mixtral", {}, {"width": 24, "router_z_weight": 0.001}),
+        ("qwen3_moe", {"qk_norm": True}, {"first_dense_layers": 1, "width": 24}),
+        ("olmoe", {"qk_norm": True, "qk_norm_over": "all_heads"}, {"normalize_weights": False, "balance": "none"}),
+        ("dots1", {"qk_norm": True}, deepseek),
+    ):
+        assert fitting_type(ModelSettings.model_validate(SMALL | model | {"experts": {"count": 4} | experts})) == kind
+    assert differences("mixtral", ModelSettings(**SMALL)) == ["a model without experts"]
+    assert differences("llama", ModelSettings(**SMALL, experts={"count": 4})) == ["model.experts.count = 4"]
+
+
+def test_biases_of_experts_are_written_in_fp32_and_loads_are_not_written(written: Written) -> None:
+    experts = {"count": 4, "width": 24, "scores": "sigmoid", "balance": "bias", "shared": 1}
+    folder, remarks = written("dots1", {"qk_norm": True, "experts": experts}, {})
+    weights = load_file(folder / "model.safetensors")
+    assert weights["model.layers.0.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    assert weights["model.layers.1.mlp.experts.3.up_proj.weight"].shape == (24, 32)
+    assert weights["model.layers.1.mlp.experts.3.up_proj.weight"].dtype == torch.bfloat16
+    assert remarks == []
+    shutil.rmtree(folder)
+    folder, remarks = written("mixtral", {"experts": {"count": 4, "width": 24}}, {})
+    assert remarks == []
+    assert not any("load" in name for name in load_file(folder / "model.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
+        ({"experts": {"count": 4, "shared": 1}}, r"model.experts.shared = 1: no Hugging Face class has it; .* Mixtral"),
+        ({"experts": {"count": 4, "scores": "sigmoid"}}, r"model.experts.scores = 'sigmoid': no Hugging Face class"),
+        ({"experts": {"count": 4, "balance": "bias"}}, r"model.experts.balance = 'bias': no Hugging Face class has it"),
         (
             {"kind": "encoder_decoder", "source_attention": "mixed"},
             r"model.source_attention = 'mixed'.*: no Hugging Face class has it; the nearest is T5ForConditionalGen",

@@ -256,6 +256,8 @@ BAD: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "type": ("q8_0", "gemma2", {}, r"gemma2 is not written as GGUF, only llama, mistral, qwen2, qwen3 are; use --quan"),
     "window": ("q8_0", "mistral", {"sliding_window": 8}, r"model.sliding_window = 8: llama.cpp has no window for mist"),
     "t5": ("q8_0", "t5", {}, r"t5 is not written as GGUF, only .*; leave it out"),
+    "experts": ("int8", "mixtral", {"experts": {"count": 4}}, "int8 with model.experts: it is not tested with exper"),
+    "experts in GGUF": ("q8_0", "mixtral", {"experts": {"count": 4}}, "mixtral is not written as GGUF.*; leave it out"),
     "shared": ("int8", "t5", {}, r"int8: transformers with compressed-tensors does not load a quantized t5 .its embed"),
     "yarn": (
         "q8_0",

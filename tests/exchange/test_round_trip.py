@@ -27,7 +27,7 @@ KINDS = {
     name: MODELS[name]
     for name in (
         "llama 3", "mistral", "qwen2", "qwen3", "olmo2", "olmo3", "gemma2", "gemma3", "phi3",
-        "phi3 partial", "t5 1.0", "t5 1.1", "ul2",
+        "phi3 partial", "mixtral", "qwen3_moe", "olmoe", "dots1", "t5 1.0", "t5 1.1", "ul2",
         "mt5", "bert", "modernbert",
     )
 }  # fmt: skip
@@ -56,7 +56,7 @@ def export(run_file: Path, out: Path, kind: str, shards: Path) -> None:
     settings = load_settings(run_file)
     ours = Transformer(settings.model, ROWS)
     load_start(ours, settings.run.seed)
-    weights = dict(ours.named_parameters())
+    weights = dict(ours.named_parameters()) | dict(ours.named_buffers())
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
     source = WeightSource(shapes, "weight", lambda name, key, start, numel: flat(weights[name])[start : start + numel])
     write_model(out, settings, kind, source, {"tokenizer.json": shards / "tokenizer.json"}, max_bytes=60_000)

@@ -72,7 +72,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {"sliding_window": 5}),
     "phi3 partial": ("phi3", {"partial_rotary_factor": 0.5, "head_dim": 16}),
     "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}),
-    "mixtral sliding": ("mixtral", {"num_local_experts": 1, "num_experts_per_tok": 1, "sliding_window": 5}),
+    "mixtral sliding": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 5}),
     "qwen3_moe": ("qwen3_moe", EXPERTS_OF_QWEN | {"norm_topk_prob": True, "mlp_only_layers": [0], "head_dim": 20}),
     "qwen3_moe sliding": ("qwen3_moe", EXPERTS_OF_QWEN | {"use_sliding_window": True, "sliding_window": 5}),
     "olmoe": ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
@@ -216,6 +216,24 @@ def test_a_model_is_transformers_own_and_goes_back_unchanged(name: str) -> None:
             {"model_type": "llama", "rope_scaling": {"rope_type": [1]}},
             r"rope_type = \[1\]: config.json must have a name",
         ),
+        (
+            {"model_type": "mixtral", "router_jitter_noise": 0.1},
+            "router_jitter_noise = 0.1: our routers have no noise, .* set it to 0",
+        ),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv = 8.0: our model does not clip"),
+        ({"model_type": "dots1", **DEEPSEEK, "n_group": 4, "topk_group": 2}, "topk_group = 2 of n_group = 4: our rout"),
+        ({"model_type": "dots1"}, "config.json of a dots1: n_routed_experts is missing"),
+        (
+            {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
+            r"decoder_sparse_step = 2, mlp_only_layers = \(\), num_experts = 128: our layers have experts from one on",
+        ),
+        (
+            {"model_type": "qwen3_moe", "mlp_only_layers": [0, 2]},
+            r"mlp_only_layers = \[0, 2\], .*: our layers have exp",
+        ),
+        ({"model_type": "qwen3_moe", "num_experts": 0}, "num_experts = 0: our layers have experts from one on"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": 1}, "mlp_only_layers = 1: .* a list of numbers of layers here"),
+        ({"model_type": "olmoe", "num_experts_per_tok": 65}, "per_token = 65 exceeds model.experts.count = 64"),
         ({"model_type": "qwen3", "layer_types": "full"}, "layer_types = 'full': config.json must have a list of names"),
         (
             {"model_type": "llama", "rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}},
@@ -252,8 +270,9 @@ def test_what_has_no_counterpart_is_refused(config: dict[str, Any], complaint: s
 
 @pytest.mark.parametrize("kind", DEFAULTS)
 def test_a_key_that_is_left_out_has_the_default_of_its_class(kind: str) -> None:
-    full = CONFIG_MAPPING[kind]().to_dict()
-    assert resolved({"model_type": kind}) == resolved(full)
+    needed = DEEPSEEK if kind == "dots1" else {}  # no defaults
+    full = CONFIG_MAPPING[kind](**needed).to_dict()
+    assert resolved({"model_type": kind} | needed) == resolved(full)
     for name in DEFAULTS[kind].keys() & full.keys():
         assert resolved({key: value for key, value in full.items() if key != name}) == resolved(full), name
 
@@ -261,6 +280,23 @@ def test_a_key_that_is_left_out_has_the_default_of_its_class(kind: str) -> None:
 def resolved(config: dict[str, Any]) -> ModelSettings:
     settings = settings_of(config)
     return settings.model_copy(update={"head_dim": settings.resolved_head_dim})
+
+
+def test_the_weight_of_the_balance_loss_comes_back_as_it_was() -> None:
+    """Theirs is one loss of all layers, ours the sum over layers."""
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 4, "mlp_only_layers": [0], "router_aux_loss_coef": 0.001}
+    experts = settings_of(config).experts
+    assert experts is not None
+    assert (experts.balance, experts.first_dense_layers) == ("loss", 1)
+    assert experts.balance_weight == pytest.approx(0.001 / 3)
+    back = write_config("qwen3_moe", settings_of(config), 64, 64)
+    assert {name: back[name] for name in ("mlp_only_layers", "router_aux_loss_coef")} == {
+        "mlp_only_layers": [0], "router_aux_loss_coef": 0.001,
+    }  # fmt: skip
+    without = settings_of(config | {"router_aux_loss_coef": 0.0})
+    assert without.experts is not None
+    assert without.experts.balance == "none"
+    assert write_config("qwen3_moe", without, 64, 64)["router_aux_loss_coef"] == 0.0
 
 
 @pytest.mark.parametrize("kind", ["t5", "mt5"])
