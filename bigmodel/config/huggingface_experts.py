@@ -58,7 +58,7 @@ def write_experts(kind: str, settings: ModelSettings) -> dict[str, Any]:
     experts = settings.experts
     if kind not in COUNT or experts is None:
         return {}
-    theirs = {COUNT[kind]: experts.count, "num_experts_per_tok": experts.per_token}
+    theirs: dict[str, Any] = {COUNT[kind]: experts.count, "num_experts_per_tok": experts.per_token}
     theirs |= {"moe_intermediate_size" if kind in OWN_WIDTH else "intermediate_size": settings.expert_width}
     theirs |= {} if kind == "mixtral" else {"norm_topk_prob": experts.normalize_weights}
     if kind == "qwen3_moe":
