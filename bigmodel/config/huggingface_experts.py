@@ -112,7 +112,7 @@ def _first_dense_layers(config: Config) -> int:
     sparse = [layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0]
     if not sparse or sparse != list(range(sparse[0], layers)) or not config["num_experts"]:
         raise UserError(
-            f"decoder_sparse_step = {step!r}, mlp_only_layers = {dense!r}, num_experts = {config['num_experts']!r}: our "
-            "layers have experts from one on (model.experts.first_dense_layers), and one at least"
+            f"decoder_sparse_step = {step!r}, mlp_only_layers = {dense!r}, num_experts = {config['num_experts']!r}: "
+            "our layers have experts from one on (model.experts.first_dense_layers), and one at least"
         )
     return sparse[0]
