@@ -522,13 +522,15 @@ def watch(
 ) -> None:
     """Watch runs in the terminal: loss, rates, time left, goodput, ranks, checkpoints, events. Ends at q.
 
-    The run directories are only read. Where there is no terminal, it prints one frame.
+    The run directories are only read. Of several names, those of something else are left out, so that runs/* may be
+    given. Where there is no terminal, it prints one frame.
     """
     from bigmodel.inspect.watch import watch as run
+    from bigmodel.inspect.watched_run import without_others
     from bigmodel.launcher.record import run_directory
     from bigmodel.launcher.watch import status
 
-    run([run_directory(one) for one in runs], status)
+    run([run_directory(one) for one in without_others(runs)], status)
 
 
 @app.command()

@@ -31,6 +31,19 @@ NEVER = "not started yet"
 
 Status = Callable[[Path], Mapping[str, Any]]
 
+
+def without_others(names: Sequence[Path]) -> list[Path]:
+    """Without what a pattern such as runs/* finds beside the runs: discovery files, folders of something else. All
+    names, if no run is among them, so that the error names one."""
+    return [one for one in names if not one.exists() or one.suffix == ".toml" or _may_be_run(one)] or list(names)
+
+
+def _may_be_run(directory: Path) -> bool:
+    """An empty directory is one of a run that has not started."""
+    names = os.listdir(directory) if directory.is_dir() else [""]
+    return not names or any(name in RUN_FILES for name in names)
+
+
 # The beginning of a step's line as `Metrics.record_step` writes it: json.loads takes 20 times as long. Another line,
 # as of an earlier version, is read by json.
 STEP_LINE = re.compile(
@@ -210,10 +223,8 @@ class WatchedRun:
     def __init__(self, directory: Path, status: Status) -> None:
         """status: of the launcher, as plain values. Raises `UserError` if the directory is of something else."""
         self.directory = directory
-        if directory.is_dir():
-            names = os.listdir(directory)
-            if names and not any(name in RUN_FILES for name in names):
-                raise UserError(f"{directory}: not a run directory: it has none of {', '.join(RUN_FILES)}")
+        if directory.is_dir() and not _may_be_run(directory):
+            raise UserError(f"{directory}: not a run directory: it has none of {', '.join(RUN_FILES)}")
         self.numbers = Numbers()
         self.step: dict[str, Any] = {}  # the newest step's line
         self.events: deque[dict[str, Any]] = deque(maxlen=NUM_EVENTS)

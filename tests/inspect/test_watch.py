@@ -24,7 +24,7 @@ from bigmodel.config.user_error import UserError
 from bigmodel.inspect.growing_file import GrowingFile
 from bigmodel.inspect.watch import split_keys
 from bigmodel.inspect.watch_frame import frame
-from bigmodel.inspect.watched_run import MOST_POINTS, STEP_LINE, LossCurve, Numbers, WatchedRun
+from bigmodel.inspect.watched_run import MOST_POINTS, STEP_LINE, LossCurve, Numbers, WatchedRun, without_others
 from bigmodel.metrics.recorder import Metrics
 from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.run_directory import append_json_line, read_json_lines, record_event, write_atomically, write_json
@@ -233,6 +233,26 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "picture.png").touch()
     with pytest.raises(UserError, match="not a run directory: it has none of metrics"):
         WatchedRun(tmp_path, running)
+
+
+def test_a_pattern_may_find_more_than_runs(recorded: Path, tmp_path: Path) -> None:
+    """As runs/* does beside `make monitor`: a discovery file, and Prometheus's own folder."""
+    (tmp_path / "my").symlink_to(recorded)
+    (tmp_path / "my.node-0.prometheus.json").write_text("[]")
+    (tmp_path / "monitor").mkdir()
+    (tmp_path / "monitor" / "prometheus.yml").touch()
+    (tmp_path / "new").mkdir()
+    run_file = tmp_path / "another.toml"
+    run_file.touch()
+    missing = tmp_path / "missing"  # a word mistyped is still an error
+    assert without_others(sorted([*tmp_path.iterdir(), missing])) == [
+        run_file,
+        missing,
+        tmp_path / "my",
+        tmp_path / "new",
+    ]
+    alone = [tmp_path / "monitor"]
+    assert without_others(alone) == alone
 
 
 def test_without_a_terminal_one_frame_is_printed(recorded: Path, tmp_path: Path) -> None:
