@@ -95,7 +95,10 @@ def print_plan(planned: Planned, output: Output) -> None:
     out.print(parts_table([part for name, part in planned.parts.items() if name != "memory"]))
     if planned.found:
         number = min(SHOWN, len(planned.found))
-        out.print(f"The fastest {number} of {len(planned.found)} settings that fit; days without failures:")
+        offloaded = ", with the optimizer offloaded" if planned.found[0][0].offloads else ""
+        out.print(
+            f"The fastest {number} of {len(planned.found)} settings that fit{offloaded}; days without failures:\n"
+        )
         out.print(found_table(planned.found[:number], own, planned.fit.limit))
     elif output.search:
         out.print("No settings fit; more GPUs, a smaller model or shorter packed sequences would help.")

@@ -12,6 +12,7 @@ from bigmodel.planning.memory_table import draw_memory
 from bigmodel.planning.part import Part
 from bigmodel.planning.state_memory import Plan
 from bigmodel.planning.step_time import StepTime
+from bigmodel.sizes import duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,13 +58,13 @@ def _draw_days(axes: "Axes", step: StepTime, parts: Mapping[str, Part]) -> None:
     said = {"productive": "training", "evaluation": "evaluation", "down": "saves and failures"}
     left = 0.0
     for cause, seconds in amounts.items():
-        axes.barh(0, seconds / DAY, left=left, color=CAUSES[cause], label=f"{said[cause]}: {seconds / DAY:,.3g} days")
+        axes.barh(0, seconds / DAY, left=left, color=CAUSES[cause], label=f"{said[cause]}: {duration(seconds)}")
         left += seconds / DAY
     facts = [f"{cost['tokens'] / 1e9:,.4g} billion tokens"]
     if cost["seconds"]:
         facts += [f"{cost['gpu_hours']:,.0f} GPU hours", f"{cost['node_joules'] / 3.6e9:,.3g} MWh"]
-        facts += [f"{cost['money']:,.0f} in money"] if cost["money"] else []
-    axes.set_xlabel("days\n" + ", ".join(facts))
+        facts += [f"money {cost['money']:,.0f}"] if cost["money"] else []
+    axes.set_xlabel("days\n" + ", ".join(facts[:2]) + "\n" + ", ".join(facts[2:]))
     axes.set_yticks([])
     axes.set_ylim(-0.8, 1.6)
     axes.legend(frameon=False, loc="upper left", fontsize=9)

@@ -11,7 +11,7 @@ from bigmodel.planning.part import Part
 from bigmodel.planning.step_time import StepTime
 from bigmodel.sizes import amount
 
-SETTINGS = ("ZeRO", "activation\ncheckpointing", "micro-\nbatch", "sequence\nparallel", "offload")
+SETTINGS = ("ZeRO", "activation\ncheck-\npointing", "micro-\nbatch", "sequence\nparallel")
 
 
 def parts_table(parts: Sequence[Part]) -> Table:
@@ -27,13 +27,13 @@ def parts_table(parts: Sequence[Part]) -> Table:
 
 
 def found_table(found: Sequence[tuple[Choice, int, StepTime]], own: Choice, limit: int) -> Table:
-    """The fastest settings that fit, the fastest first; the run's own are marked."""
+    """The fastest settings that fit, the fastest first; the run's own are marked. 80 columns are enough."""
     name, unit = unit_of(limit)
-    table = Table(*(Column(one, justify="right") for one in SETTINGS), box=SIMPLE_HEAD, title_justify="left")
-    for one in (name, "s a step", "tokens/s", "MFU", "days"):
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for one in (*SETTINGS, name, "s a\nstep", "tokens/s", "MFU", "days"):
         table.add_column(one, justify="right", no_wrap=True)
     for choice, size, step in found:
-        settings = [str(value) for value in choice[:-1]] + ["yes" if choice.offloads else "no"]
+        settings = [str(value) for value in choice[:-1]]
         numbers = (amount(size / unit), f"{step.seconds:,.3g}", f"{step.tokens_per_second:,.0f}")
         days = f"{step.run_seconds / 86400:,.2f}"
         style = "bold" if choice == own else ""

@@ -1,5 +1,6 @@
 """`bigmodel plan`: the first line says whether the run fits, exit codes, JSON and picture hold the same numbers."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from rich.console import Console
 
 from bigmodel.__main__ import app
 from bigmodel.config.settings import UserError, load_settings
 from bigmodel.pictures import MEMORY
 from bigmodel.planning.context import context_of
 from bigmodel.planning.memory import memory_of
-from bigmodel.planning.plan_command import cluster_of
+from bigmodel.planning.plan_command import cluster_of, planned_of
+from bigmodel.planning.plan_table import found_table
 from bigmodel.planning.scaling import Law, Term
 from tests.support.tiny_run import write_run
 from tools import write_plan_examples
@@ -146,6 +149,16 @@ def test_it_runs_where_torch_cannot_be_imported(cluster: str) -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "settings that fit; days without failures:" in done.stdout
+
+
+def test_the_found_settings_fit_80_columns(cluster: str) -> None:
+    """With the largest numbers of a real plan; no heading or value is cut."""
+    planned = planned_of(context_of(load_settings(EIGHT_BILLION), cluster_of(Path(cluster), 0)), is_searched=True)
+    wide = Console(width=200, file=io.StringIO())
+    wide.print(found_table(planned.found, planned.found[0][0], planned.fit.limit))
+    lines = wide.file.getvalue().splitlines()
+    assert any("selective" in line for line in lines)
+    assert max(len(line.rstrip()) for line in lines) <= 80
 
 
 def test_the_page_shows_what_the_command_prints_today() -> None:
