@@ -211,12 +211,11 @@ def assumptions(context: "Context", found: StepTime) -> list[Row]:
         rows.append(Row("collectives", f"{rate:,.0f} GB/s sent by a rank", f"{rates.link:.0%} of the slowest link"))
         rows.append(Row("hidden behind computation", "nothing", "overlap_comm is not counted on"))
     if missing := not_counted(context):
-        rows.append(Row("not counted", ", ".join(missing), "a step takes longer by them"))
+        rows.append(Row("not counted", "makes a step longer", ", ".join(missing)))
     if rates.measured:
-        value = f"products {rates.slowdown:.3g} x, memory {rates.bytes_slowdown:.3g} x as long, "
-        value += f"{1000 * rates.seconds_per_step:.3g} ms a step, "
-        value += f"{1000 * rates.seconds_per_block:.3g} ms a block and micro-batch"
-        rows.append(Row("calibrated", value, ", ".join(rates.measured)))
+        note = f"memory {rates.bytes_slowdown:.3g} x as long, {1000 * rates.seconds_per_step:.3g} ms a step, "
+        note += f"{1000 * rates.seconds_per_block:.3g} ms a block and micro-batch; by {', '.join(rates.measured)}"
+        rows.append(Row("calibrated", f"products {rates.slowdown:.3g} x", note))
     return rows
 
 

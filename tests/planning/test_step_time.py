@@ -205,10 +205,18 @@ def test_the_part_says_its_assumptions_and_its_numbers_are_json() -> None:
     assert any("H100" in line for line in part.numbers["assumptions"])
 
 
+def test_values_are_short_so_that_names_and_notes_keep_their_columns() -> None:
+    """The table never breaks a value."""
+    recurrent = context(model={"kind": "lstm", "num_layers": 2, "hidden_size": 64})
+    rows = time_part(recurrent, step_time(recurrent, Rates(slowdown=75.3, measured=("one", "two")))).rows
+    assert {"calibrated", "not counted"} <= {row.name for row in rows}
+    assert [row for row in rows if len(row.value) > 30] == []
+
+
 def test_what_the_model_leaves_out_is_a_row() -> None:
     plain, recurrent = context(), context(model={"kind": "lstm", "num_layers": 2, "hidden_size": 64})
     assert not_counted(plain) == []
-    rows = {row.name: row.value for row in time_part(recurrent, step_time(recurrent)).rows}
+    rows = {row.name: row.note for row in time_part(recurrent, step_time(recurrent)).rows}
     assert rows["not counted"] == "recurrent layers go token by token"
     plain.effective["zero_optimization"] |= {
         "offload_optimizer": {"device": "nvme"},
