@@ -7,6 +7,7 @@ the launcher and a login node read a run file in milliseconds.
     load_settings("configs/tiny.toml", ["training.steps=10"]).training.steps    # 10
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -196,6 +197,12 @@ class TrainingSettings(Section):
     sequence_parallel_ranks: int = Field(
         1, ge=1, description="consecutive ranks that share each packed sequence (Ulysses), for very long documents"
     )
+    expert_parallel_ranks: int = Field(
+        1, ge=1, description="consecutive ranks that share the experts of each layer, each with an equal part of them"
+    )
+    expert_parallel_across_nodes: bool = Field(
+        False, description="whether ranks of several nodes may share experts: each layer then waits for the network"
+    )
     compile: bool = Field(False, description="torch.compile each block")
     attention_kernel: Literal["triton", "hopper", "flash-attn", "torch-varlen", "fastest"] = Field(
         "triton",
@@ -253,6 +260,11 @@ class TrainingSettings(Section):
     deepspeed: Path | None = Field(
         None, description="your DeepSpeed JSON, relative to the run file; absent: ZeRO stage 1"
     )
+
+    @property
+    def sharing_ranks(self) -> int:
+        """Consecutive ranks that share packed sequences or experts: the fewest of a run, and of its groups."""
+        return math.lcm(self.sequence_parallel_ranks, self.expert_parallel_ranks)
 
     @model_validator(mode="after")
     def _ramp_makes_sense(self) -> "TrainingSettings":

@@ -112,7 +112,7 @@ class Anomalies:
             return ""
         saw = self._witness.take() or not bool(nats.isfinite().all())
         training = self._settings.training
-        found = attribute(step, saw, self._engine, self._world, training.sequence_parallel_ranks)
+        found = attribute(step, saw, self._engine, self._world, training.sharing_ranks)
         self._witness.take()
         if self._model.teacher:
             self._model.teacher.take()

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.deepspeed_json import without_effect
+from bigmodel.config.expert_settings import refuse_across_nodes
 from bigmodel.config.settings import Settings, UserError, to_toml_table
 from bigmodel.data.advice.lane_advice import lane_warning, padding_warning
 from bigmodel.data.load.stream import Step, Stream
@@ -148,6 +149,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     settings, fastest = resolve_attention_kernel(settings, effective["train_micro_batch_size_per_gpu"], world)
     store = ShardStore.of_run(settings.data, "train")
     place, seat = _seats(world, settings.training.sequence_parallel_ranks)
+    refuse_across_nodes(settings, seat.local_size)
     validation = make_validation(settings.data, effective["train_micro_batch_size_per_gpu"])
     tasks = TrainingTasks(settings, world, effective["train_micro_batch_size_per_gpu"])
     num_tokens = store.manifest.vocabulary + num_special_tokens(settings.data)

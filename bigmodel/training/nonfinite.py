@@ -83,7 +83,7 @@ def attribute(step: Step, saw: bool, engine: Engine, world: World, sharing: int)
     """Compute the micro-batches of the step again. Collective.
 
     saw: whether this rank saw a loss or gradient that was not finite. sharing: number of ranks that share each packed
-    sequence; their micro-batches go to the next such ranks.
+    sequence, or experts; their micro-batches go to the next such ranks.
     """
     own = _examine(engine, step.micro_batches, step.weight)
     suspects = [rank for rank, one in enumerate(world.gather_objects(saw or bool(own))) if one][:MOST_SUSPECTS]

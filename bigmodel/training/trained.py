@@ -63,12 +63,17 @@ def is_hidden(name: str) -> bool:
 
 def size_of(parameter: nn.Parameter) -> int:
     """Elements of the whole parameter, which may be partitioned."""
-    return math.prod(getattr(parameter, "ds_shape", parameter.shape))
+    return math.prod(_shape(parameter))
 
 
 def parameter_rank(parameter: nn.Parameter) -> int:
     """Its number of dimensions."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    return len(_shape(parameter))
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Of the whole: ZeRO 3 partitions parameters, ranks share experts."""
+    return getattr(parameter, "ds_shape", getattr(parameter, "whole_shape", parameter.shape))
 
 
 def matching(pattern: str, names: Sequence[str]) -> list[str]:

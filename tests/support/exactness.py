@@ -159,6 +159,12 @@ def with_sequence(job: dict[str, Any], ranks: int) -> dict[str, Any]:
     return job | {"settings": settings | {"training": settings["training"] | {"sequence_parallel_ranks": ranks}}}
 
 
+def with_shared_experts(job: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """The job with the experts of each layer shared by `ranks` ranks."""
+    settings = job["settings"]
+    return job | {"settings": settings | {"training": settings["training"] | {"expert_parallel_ranks": ranks}}}
+
+
 def differences(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Compared quantity -> (difference from the oracle, its bound)."""
     first, seen, allowed = 0, result["seen"], result["allowed"]

@@ -28,11 +28,12 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
 
     A group has `weight_decay`, `l1_penalty`, `rate_factor` (multiplies the scheduled learning rate), `matrices`:
     whether the optimizer treats its parameters as matrices (Muon: hidden matrices; Adafactor: all matrices), and
-    `parts`: the rows of each part of such a matrix that is updated by itself; empty: the whole.
+    `parts`: the rows of each part of such a matrix that is updated by itself; empty: the whole. Experts that ranks
+    share (`training.expert_parallel_ranks`) are in groups of their own, with DeepSpeed's `moe` and `name`.
     Raises `UserError` where a pattern of `optimizer.groups` matches no parameter.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups: dict[tuple[float, float, float, bool, tuple[int, ...]], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, float, bool, tuple[int, ...], str], list[nn.Parameter]] = {}
     parts = rows_of_parts(model) if settings.joined_matrices == "parts" else {}
     factors = layer_factors([name for name, _ in model.named_parameters()], settings.layer_decay)
     of_width = width_factor(getattr(model, "settings", None), settings)
@@ -55,7 +56,9 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
         factor *= factors[name]
         if len(shape) >= 2 and IN_BLOCKS.match(name) and ".lora." not in name:
             factor, decay = factor * of_width, decay / of_width
-        groups.setdefault((decay, penalty, factor, as_matrix, parts.get(id(parameter), ())), []).append(parameter)
+        shared = getattr(parameter, "group_name", "")
+        key = (decay, penalty, factor, as_matrix, parts.get(id(parameter), ()), shared)
+        groups.setdefault(key, []).append(parameter)
     for given in settings.groups:
         if given.parameters not in met:
             names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -71,11 +74,17 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             "rate_factor": factor,
             "matrices": as_matrix,
             "parts": rows,
+            **({"moe": True, "name": shared} if shared else {}),
         }
-        for (decay, penalty, factor, as_matrix, rows), parameters in sorted(
+        for (decay, penalty, factor, as_matrix, rows, shared), parameters in sorted(
             groups.items(), key=lambda item: item[0], reverse=True
         )
     ]
+
+
+def expert_group(size: int) -> str:
+    """DeepSpeed's name of the groups of `size` ranks that share experts."""
+    return f"ep_size_{size}"
 
 
 def width_factor(model: ModelSettings | None, settings: OptimizerSettings) -> float:

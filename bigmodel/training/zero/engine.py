@@ -25,6 +25,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,10 +37,11 @@ from bigmodel.config.deepspeed_json import value_at
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
 from bigmodel.metrics.phases import Phases
-from bigmodel.training.optimizers.groups import build_optimizer, states_of
+from bigmodel.training.optimizers.groups import build_optimizer, expert_group, states_of
 from bigmodel.training.optimizers.shards import Part, Shards
 from bigmodel.training.optimizers.table import OPTIMIZERS, STEP
 from bigmodel.training.zero.examine import first_nonfinite, squared_gradients
+from bigmodel.training.zero.expert_parallel import ExpertParallel, Slice
 from bigmodel.training.zero.held_zeros import HeldZeros
 from bigmodel.training.zero.layouts import ParameterShard, layout_of
 from bigmodel.training.zero.mmap_state import MappedFiles
@@ -48,6 +50,7 @@ from bigmodel.training.zero.wrapping import hide_gathers, wrap_blocks
 
 WEIGHT, AVERAGE = "weight", "ema"  # keys of the state, in addition to the optimizer's
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # state of DeepSpeed's loss scaler
+MARK = "shares_experts"  # name of a module
 COLLECTIVES = (
     "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast", "wait",
     "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single", "barrier",
@@ -80,6 +83,9 @@ class Engine:
         self.updates = 0
         self._parameters = dict(model.named_parameters())
         self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+        self._experts = _share_experts(model, settings, world, self.phases)
+        self._slices: dict[str, Slice] = self._experts.slices if self._experts else {}
+        self._shapes |= {name: one.shape for name, one in self._slices.items()}
         wrap_blocks(model, settings, effective["zero_optimization"]["stage"])
         self._optimizer = build_optimizer(model, settings.optimizer)
         states = {
@@ -89,13 +95,15 @@ class Engine:
         }
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._states = {name: states[id(parameter)] for name, parameter in self._trained.items()}
-        self._engine = _initialize(model, self._optimizer, effective, settings)
+        self._engine = _initialize(model, self._optimizer, effective, settings, self._experts)
         _time_communication(self.phases)
         _reduce_nothing_on_one_rank(self._engine.optimizer, world.size)
         if offload := getattr(self._engine.optimizer, "parameter_offload", None):  # ZeRO-3
             hide_gathers(offload)
         self._layout = layout_of(self._engine, self._optimizer)
-        self._shards = {name: self._layout.shard(p) for name, p in self._trained.items()}
+        if self._experts and not self._layout.partitioned:
+            self._engine.clip_fp32_gradients = self._clip
+        self._shards = {name: self._shard_of_whole(name) for name in self._trained}
         self._names = {id(parameter): name for name, parameter in self._trained.items()}
         self.buffers = dict(self._engine.module.named_buffers())  # loads and biases of experts
         self._shapes |= {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
@@ -138,7 +146,8 @@ class Engine:
         """The global L2 norm of the gradient, before clipping, after the last micro-batch; may be inf or nan."""
         if self._zeros:
             self._zeros.drop_gradients()
-        gradients = [chunk for chunks in self._layout.gradients() for chunk in chunks]
+        by_master = self._layout.gradients()
+        gradients = [chunk for chunks in by_master for chunk in chunks]
         self._squares.clear()
         self._squares.update((id(gradient), sum_of_squares(gradient)) for gradient in gradients)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
@@ -146,17 +155,41 @@ class Engine:
             total += square.to(total.device)
         squares = float(total)
         (of_ranks,) = self.world.sum_([squares])
-        if self._layout.partitioned or not math.isfinite(of_ranks):  # replicas: also what only one of them has spoilt
+        if not self._layout.partitioned and self._experts and math.isfinite(of_ranks):
+            squares = self._squares_of_replicas(by_master)
+        elif self._layout.partitioned or not math.isfinite(of_ranks):  # replicas: also what only one has spoilt
             squares = of_ranks
         self._norm = math.sqrt(squares) / self.loss_scale
         return self._norm
+
+    def _squares_of_replicas(self, gradients: list[list[Tensor]]) -> float:
+        """The square of the norm at stage 0, where ranks hold different experts and the rest alike."""
+        assert self._experts, "without shared experts all ranks hold all"
+        ours = {id(parameter) for parameter in self._experts.parameters}
+        of_experts, rest = 0.0, 0.0
+        for members, chunks in zip(self._layout.members(), gradients, strict=True):
+            squares = math.fsum(float(self._squares[id(chunk)]) for chunk in chunks)
+            if id(members[0]) in ours:
+                of_experts += squares if self.world.rank < self._experts.size else 0.0  # once of each expert
+            else:
+                rest += squares
+        return rest + self.world.sum_([of_experts])[0]
+
+    def _clip(self) -> None:
+        """Clip at stage 0 by the norm over all experts; DeepSpeed's own takes the mean of the ranks' norms."""
+        limit = self._engine.gradient_clipping()
+        assert self._norm is not None, "the norm comes before the update"
+        factor = min(1.0, limit / (self._norm + 1e-6))
+        for chunks in self._layout.gradients():
+            for chunk in chunks:
+                chunk.mul_(factor)
 
     def gradient(self, name: str) -> Tensor:
         """The whole gradient of a trained parameter, in fp32, after the last micro-batch and before the update."""
         shard, chunks = self._shards[name], self._layout.gradients()
         flat = None if shard is None else torch.cat([chunk.flatten() for chunk in chunks[shard.master]])
         chunk = None if shard is None or flat is None else shard.of(flat).detach().float()
-        return self._assemble(self._shapes[name], shard, chunk) / self.loss_scale
+        return self._assemble(name, shard, chunk) / self.loss_scale
 
     def update(
         self,
@@ -280,8 +313,9 @@ class Engine:
         """
         chunks = {}
         for key, (first, elements) in self.held(name).items():
-            if self._is_replicated(name, key):  # each rank owns a share
-                edges = [elements.numel() * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1)]
+            if self._is_replicated(name, key):  # each rank that holds them owns a share
+                copy, copies = self._copies(name)
+                edges = [elements.numel() * number // copies for number in (copy, copy + 1)]
                 first, elements = first + edges[0], elements[edges[0] : edges[1]]
             if elements.numel():
                 chunks[key] = (first, elements)
@@ -351,26 +385,30 @@ class Engine:
             return self._whole_frozen(name)
         shard = self._shards[name]
         chunk = None if shard is None else shard.of(self._flat(shard, key))
-        return self._assemble(self._shapes[name], shard, chunk)
+        return self._assemble(name, shard, chunk)
 
     def alike(self, whole_state: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of what all ranks hold alike: whole weights of the forward pass, buffers of the model; and
         with `whole_state` the optimizer's state and averages that a checkpoint takes from several ranks."""
         for name, parameter in self._parameters.items():
-            if getattr(parameter, "ds_persist", True):  # else ZeRO-3 partitions it
+            if getattr(parameter, "ds_persist", True) and name not in self._slices:  # else ranks hold different parts
                 yield name, parameter.detach()
         yield from self._engine.module.named_buffers()
         for name in self._trained if whole_state else ():
             for key, (_, elements) in self.held(name).items():
-                if key != WEIGHT and self._is_replicated(name, key):
+                if key != WEIGHT and name not in self._slices and self._is_replicated(name, key):
                     yield f"{key} of {name}", elements
 
     def _whole_frozen(self, name: str) -> Tensor:
-        start, elements = self._layout.frozen(self._parameters[name])
-        if not self._layout.shares_frozen:
+        start, elements = self._frozen(name)
+        if self._is_replicated(name, WEIGHT) and name not in self._slices:
             return elements.float().view(self._shapes[name]).clone()
         shard = ParameterShard(start, elements.numel(), -1, 0) if elements.numel() else None
-        return self._assemble(self._shapes[name], shard, elements.float())
+        return self._assemble(name, shard, elements.float())
+
+    def _frozen(self, name: str) -> Piece:
+        start, elements = self._layout.frozen(self._parameters[name])
+        return start + (self._slices[name].first if name in self._slices else 0), elements
 
     def state_tensors(self) -> list[Tensor]:
         """All tensors that offloading moves off the device: masters, their gradients, moments, averages; no copies."""
@@ -386,7 +424,7 @@ class Engine:
     @property
     def holds_all(self) -> bool:
         """Whether this rank alone holds the whole state."""
-        return not self._layout.partitioned and not self._layout.shares_frozen
+        return not self._layout.partitioned and not self._layout.shares_frozen and not self._slices
 
     @torch.no_grad()
     def held(self, name: str) -> dict[str, Piece]:
@@ -394,7 +432,7 @@ class Engine:
         if name in self.buffers:
             return {WEIGHT: (0, self.buffers[name].view(-1))}
         if name not in self._trained:
-            return {WEIGHT: self._layout.frozen(self._parameters[name])}
+            return {WEIGHT: self._frozen(name)}
         shard, held = self._shards[name], {key: (0, vector) for key, vector in self._vectors[name].items()}
         if shard is not None:
             for key in [key for key in self.keys(name) if key not in held]:
@@ -402,12 +440,24 @@ class Engine:
         return held
 
     def _is_replicated(self, name: str, key: str) -> bool:
-        """Whether every rank holds the same elements."""
+        """Whether every rank holds the same elements; of experts, every rank that holds these."""
         if name in self.buffers:
             return True
         if name not in self._trained:
             return not self._layout.shares_frozen
         return key in self._vectors[name] or not self._layout.partitioned
+
+    def _copies(self, name: str) -> tuple[int, int]:
+        """Of what is replicated: the number of this rank's copy, and of all copies."""
+        size = self._experts.size if self._experts and name in self._slices else 1
+        return self.world.rank // size, self.world.size // size
+
+    def _shard_of_whole(self, name: str) -> ParameterShard | None:
+        """This rank's shard of a trained parameter, counted from the first element of the whole."""
+        shard = self._layout.shard(self._trained[name])
+        if shard is None or name not in self._slices:
+            return shard
+        return replace(shard, start=shard.start + self._slices[name].first)
 
     def _flat(self, shard: ParameterShard, key: str) -> Tensor:
         master = self._layout.masters()[shard.master]
@@ -415,16 +465,18 @@ class Engine:
             return master.detach()
         return self._averages[shard.master] if key == AVERAGE else self._optimizer.state[master][key]
 
-    def _assemble(self, shape: tuple[int, ...], shard: ParameterShard | None, chunk: Tensor | None) -> Tensor:
+    def _assemble(self, name: str, shard: ParameterShard | None, chunk: Tensor | None) -> Tensor:
         """The whole tensor, by adding the ranks' bits as integers: each element is on one rank, 0 on the others.
 
         Adding floats, as DeepSpeed does, would turn -0.0 into 0.0.
         """
+        shape, replicated = self._shapes[name], self._is_replicated(name, WEIGHT)
         flat = torch.zeros(math.prod(shape), dtype=torch.float32, device=self.world.device)
-        if shard is not None and chunk is not None:
+        first_copy = not replicated or name not in self._slices or self._copies(name)[0] == 0
+        if shard is not None and chunk is not None and first_copy:
             fragment_of_whole = flat.narrow(0, shard.start, shard.numel)
             fragment_of_whole.copy_(chunk)
-        if self._layout.partitioned:
+        if not replicated or name in self._slices:
             dist.all_reduce(flat.view(torch.int32))
         return flat.view(shape)
 
@@ -442,7 +494,7 @@ class Engine:
             for name in turn:
                 shard = self._shards[name]
                 chunk = shard.of(flat) if shard else None
-                matrices.append(self._assemble(self._shapes[name], shard, chunk))
+                matrices.append(self._assemble(name, shard, chunk))
             if rank < len(turn):
                 matrices[rank] = change(matrices[rank]).contiguous()  # broadcast sends memory, in its own order
             for owner, name in enumerate(turn):
@@ -536,8 +588,40 @@ def _made_whole(parameter: Any) -> Iterator[None]:
         parameter.partition(has_been_updated=True)
 
 
+def _share_experts(model: nn.Module, settings: Settings, world: World, phases: Phases) -> ExpertParallel | None:
+    """Keep this rank's experts only, where ranks share them, and mark them as DeepSpeed's own."""
+    size = settings.training.expert_parallel_ranks
+    if size == 1:
+        return None
+    experts = ExpertParallel(model, size, world.rank, phases)
+    for parameter in experts.parameters:
+        parameter.allreduce, parameter.group_name = False, expert_group(size)  # type: ignore[attr-defined]
+    return experts
+
+
+def _mark(model: nn.Module, size: int) -> None:
+    """Add a module by which DeepSpeed's engine knows that there are experts, and has their groups made: `ep_size_N`,
+    of N neighbours, and of ranks N apart."""
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    class Mark(MoE):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = size
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            groups._create_expert_and_data_parallel(size)
+
+    model.add_module(MARK, Mark())
+
+
 def _initialize(
-    model: nn.Module, optimizer: torch.optim.Optimizer, effective: dict[str, Any], settings: Settings
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    effective: dict[str, Any],
+    settings: Settings,
+    experts: ExpertParallel | None,
 ) -> Any:
     """deepspeed.initialize, without its output; an error in the configuration becomes a `UserError`."""
     with _quiet():
@@ -546,6 +630,8 @@ def _initialize(
         from deepspeed.runtime.config import DeepSpeedConfigError
         from pydantic import ValidationError
 
+        if experts:
+            _mark(model, experts.size)
         try:
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=for_deepspeed(effective), dist_init_required=False
@@ -568,6 +654,9 @@ def _initialize(
                 f"training.precision = {settings.training.precision}: this device does not support it; use fp32, or "
                 "bf16 where supported"
             ) from None
+        if experts:
+            delattr(model, MARK)
+            experts.connect(deepspeed.utils.groups._get_expert_parallel_group(expert_group(experts.size)))
     return engine
 
 

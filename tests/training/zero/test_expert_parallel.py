@@ -1,0 +1,149 @@
+"""Ranks that share experts: the loss, gradient and update of one rank, and checkpoints that move."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigmodel.config.settings import Settings
+from bigmodel.distributed.world import end_world, start_world
+from bigmodel.metrics.phases import Phases
+from bigmodel.model.experts import Experts
+from bigmodel.training.zero.expert_parallel import ExpertParallel
+from tests.support.engine_worker import launch
+from tests.support.exactness import failures, job_of, with_sequence, with_shared_experts
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.timeout(600)  # all jobs run in the first test's set-up
+Jobs = dict[str, dict[str, Any]]
+CASE = {"optimizer": "adamw", "activation_checkpointing": "none", "offload": "none", "packs_at_once": 1, "ema": 0.9}
+CASE |= {
+    "precision": "fp32",
+    "persistence": 0,
+    "groups": False,
+    "tied": True,
+    "experts": "balanced by loss",
+    "stage": 1,
+}
+STEPS = 3
+# By number of ranks: degree, sequences shared by so many, and what differs from CASE.
+EXACT: dict[int, list[tuple[int, int, dict[str, Any]]]] = {
+    2: [
+        (2, 1, {"stage": 0}),
+        (2, 1, {"stage": 1, "activation_checkpointing": "full", "groups": True}),
+        (2, 1, {"stage": 2, "activation_checkpointing": "selective", "experts": "balanced by bias"}),
+        (2, 1, {"stage": 1, "precision": "bf16"}),
+        (2, 1, {"stage": 0, "optimizer": "muon"}),
+        (2, 1, {"stage": 2, "optimizer": "muon", "offload": "optimizer to cpu", "packs_at_once": 3}),
+    ],
+    4: [
+        (2, 1, {"stage": 0}),
+        (4, 1, {"stage": 1}),
+        (2, 1, {"stage": 2, "precision": "bf16"}),
+        (2, 2, {"stage": 1}),
+    ],
+}
+LOADS = ([3, 0, 0, 2], [0, 0, 0, 4])  # rows of each expert on either rank; the first rank's experts get 3, 0
+
+
+def whole_experts(experts: int = 4) -> Experts:
+    settings = Settings.model_validate({"model": {"hidden_size": 8, "num_heads": 2, "experts": {"count": experts}}})
+    layer = Experts(settings.model, experts, 5).double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return layer
+
+
+def rows_of(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows by expert, the last of no expert, and their offsets."""
+    loads = torch.tensor(LOADS[rank])
+    rows = torch.randn(int(loads.sum()) + 1, 8, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    return rows.requires_grad_(), torch.cat([torch.zeros(1), loads.cumsum(0)]).int()
+
+
+def share_uneven_loads(_: Path) -> None:
+    world = start_world(timeout_seconds=60)
+    whole, shared = whole_experts(), torch.nn.ModuleList([whole_experts()])
+    layer, phases = shared[0], Phases(world.device)
+    experts = ExpertParallel(shared, 2, world.rank, phases)
+    experts.connect(None)
+    everywhere = [rows_of(rank) for rank in range(2)]
+    wanted = [whole(rows, offsets) for rows, offsets in everywhere]
+    sum((out.square().sum() for out in wanted), torch.zeros(())).backward()
+    rows, offsets = rows_of(world.rank)
+    found = layer(rows, offsets)
+    found.square().sum().backward()
+    mine = slice(2 * world.rank, 2 * world.rank + 2)
+    assert torch.equal(found, wanted[world.rank]), "a row's result depends on its own values"
+    assert not found[-1].any(), "a row of no expert"
+    assert torch.allclose(rows.grad, everywhere[world.rank][0].grad, rtol=1e-14)
+    for name, parameter in layer.named_parameters():
+        assert torch.allclose(parameter.grad, whole.get_parameter(name).grad[mine], rtol=1e-14), name
+    assert experts.slices["0.down"] == ((4, 8, 5), 80 * world.rank, 80)
+    assert phases.take()["communication"] > 0
+    end_world()
+
+
+def test_a_layer_is_that_of_one_rank_also_where_an_expert_or_a_rank_gets_no_row(tmp_path: Path) -> None:
+    run_ranks(2, share_uneven_loads, tmp_path)
+
+
+def exact_jobs(ranks: int, folder: Path) -> Jobs:
+    jobs = {}
+    for degree, sharing, changes in EXACT[ranks]:
+        job = with_sequence(job_of(CASE | changes, folder, STEPS), sharing)
+        jobs[f"{ranks} ranks, {degree} share, {sharing} a sequence, {changes}"] = with_shared_experts(job, degree)
+    return jobs
+
+
+def moving(folder: Path, degree: int, stage: int, **job: Any) -> dict[str, Any]:
+    exact = with_shared_experts(job_of(CASE | {"stage": stage}, folder, STEPS), degree)
+    return {"settings": exact["settings"], "checkpoints": str(folder / "moving"), **job}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Four ranks save, two and one go on, at other degrees and stages."""
+    folder = tmp_path_factory.mktemp("experts")
+    found: Jobs = {}
+    for ranks, more in (
+        (
+            4,
+            {
+                "whole": moving(folder, 2, 1, steps=4, save_at=2, evaluate_at=[1]),
+                "again": moving(folder, 2, 1, steps=4, resume=True),
+                "wider": moving(folder, 4, 0, steps=2, resume=True),
+            },
+        ),
+        (2, {"to 2": moving(folder, 1, 2, steps=4, resume=True, save_at=3)}),
+        (1, {"to 1": moving(folder, 1, 1, steps=4, resume=True)}),
+    ):
+        jobs = {**exact_jobs(ranks, folder), **more} if ranks > 1 else more
+        outcome = launch(list(jobs.values()), ranks, folder)
+        found |= {name: jobs[name] | one for name, one in zip(jobs, outcome, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("ranks", EXACT)
+def test_loss_gradient_norm_and_update_are_those_of_plain_torch_on_one_rank(results: Jobs, ranks: int) -> None:
+    jobs = {name: job for name, job in results.items() if name.startswith(f"{ranks} ranks")}
+    assert len(jobs) == len(EXACT[ranks])
+    assert {name: found for name, job in jobs.items() if (found := failures(job))} == {}
+
+
+def test_shared_experts_resume_bitwise(results: Jobs) -> None:
+    whole, again = results["whole"], results["again"]
+    assert again["first"] == 2
+    assert again["loaded"] == whole["saved"]
+    assert again["losses"] == whole["losses"][2:]
+    assert again["digest"] == whole["digest"] != whole["saved"]
+
+
+def test_a_checkpoint_of_shared_experts_goes_on_at_any_number_of_ranks_degree_and_stage(results: Jobs) -> None:
+    saved = results["whole"]["saved"]
+    assert results["wider"]["loaded"] == results["to 2"]["loaded"] == saved
+    assert results["to 1"]["first"] == 3
+    assert results["to 1"]["loaded"] == results["to 2"]["saved"]
+    assert results["to 1"]["losses"][-1] == pytest.approx(results["whole"]["losses"][-1], rel=1e-5)
