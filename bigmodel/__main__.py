@@ -552,6 +552,7 @@ def probe(
     run_file: Annotated[Path | None, typer.Argument(help="run file (TOML)", metavar="[RUN.toml]")] = None,
     override: Overrides = [],  # noqa: B006
     world_size: Annotated[int, typer.Option(help="only check whether the settings fit this number of ranks")] = 0,
+    ranks_per_node: Annotated[int, typer.Option(help="with --world-size: ranks on each node; 0: all on one")] = 0,
     line: Annotated[bool, typer.Option("--line", help="on one line, after the word PROBE")] = False,
 ) -> None:
     """Print devices, memory and versions of this machine as JSON; with a run file also data, disk and speed.
@@ -561,8 +562,10 @@ def probe(
     settings = load_settings(run_file, override) if run_file else None
     if settings and world_size:
         from bigmodel.config.deepspeed_config import resolve_deepspeed
+        from bigmodel.config.expert_settings import refuse_across_nodes
 
         resolve_deepspeed(settings, world_size)
+        refuse_across_nodes(settings, ranks_per_node or world_size)
         return
     from bigmodel.inspect.probe import probe as run
 

@@ -138,7 +138,7 @@ def torchrun_command(
         raise UserError(f"--node-rank {node_rank}: there are {len(topology.hosts)} nodes, counted from 0")
     words = ["exec", *Command(run_file, cluster_file, overrides).words(), *_options(fresh, new_plan)]
     commands = [torchrun.node_command(topology, node, words) for node in range(len(topology.hosts))]
-    _require_fit(run_file, overrides, topology.world_size)
+    _require_fit(run_file, overrides, topology)
     if node_rank >= 0 and not dry_run:
         check_name(topology)
         torchrun.become(commands[node_rank])
@@ -168,7 +168,7 @@ def ssh_command(
     each = ranks_per_node(ranks, len(used), slots) if ranks else slots
     topology = topology_on(cluster, used, each, directory)
     options = _options(fresh, new_plan)
-    _require_fit(run_file, overrides, topology.world_size)
+    _require_fit(run_file, overrides, topology)
     if dry_run:
         _print_ranks(topology, [*trainer_command(run_file, overrides), *options], cluster)
         return
@@ -361,10 +361,13 @@ def _read_world(text: str) -> Topology:
     return Topology(names, nodes, table["main_address"], table["main_port"], switches)
 
 
-def _require_fit(run_file: Path, overrides: Sequence[str], ranks: int) -> None:
-    """Before a start: raises `UserError` if the run's DeepSpeed JSON or batch size does not fit the number of ranks."""
+def _require_fit(run_file: Path, overrides: Sequence[str], topology: Topology) -> None:
+    """Before a start: raises `UserError` if the run's DeepSpeed JSON, batch size or experts do not fit the ranks."""
+    ranks, sizes = topology.world_size, {topology.local_size(rank) for rank in range(topology.world_size)}
+    each = sizes.pop() if len(sizes) == 1 and list(topology.nodes) == sorted(topology.nodes) else 1
     words = [word for override in overrides for word in ("--set", override)]
     command = [sys.executable, "-m", "bigmodel", "probe", str(run_file), *words, "--world-size", str(ranks)]
+    command += ["--ranks-per-node", str(each)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{counted_noun(ranks, 'rank')}: {done.stderr.strip().removeprefix('bigmodel: ')}")

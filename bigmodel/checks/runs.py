@@ -26,15 +26,16 @@ from bigmodel.run_directory import read_json_lines
 from bigmodel.training.checkpoint import format as checkpoint
 
 PROCESS_SECONDS = 600  # limit of a training process
+ALONE = ("training.sequence_parallel_ranks=1", "training.expert_parallel_ranks=1")  # overrides for one rank
 
 
 def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
-    """Train two steps on one rank and on several, which share packed sequences if the run's ranks do. Several ranks add
-    in another order."""
+    """Train two steps on one rank and on several, which share packed sequences and experts if the run's ranks do.
+    Several ranks add in another order."""
     settings = agree(load_settings(run_file, overrides))
     training = settings.training
     sharing = training.sequence_parallel_ranks
-    several = max(2, sharing)
+    several = max(2, training.sharing_ranks)
     # Ranks that share a packed sequence multiply fewer rows at once; below fp64 the products may round differently.
     slack = 1 if sharing == 1 or training.precision == "fp32" else 1000
     on_cpu = torch.cuda.device_count() < several  # each rank needs a GPU; a GPU is not compared with a CPU
@@ -42,8 +43,7 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
         traces = {}
         for world_size in (1, several):
             directory = scratch / f"ranks-{world_size}"
-            shared = f"training.sequence_parallel_ranks={1 if world_size == 1 else sharing}"
-            command = [*overrides, *short_run(settings, directory, 2, 2), shared]
+            command = [*overrides, *short_run(settings, directory, 2, 2), *(ALONE if world_size == 1 else ())]
             _train(run_file, command, world_size, directory, on_cpu)
             traces[world_size] = _trace(directory)
     findings = []
@@ -100,8 +100,8 @@ def check_accounting(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 
 
 def num_ranks(settings: Settings) -> int:
-    """Two if there is work and a device for both, or the number that shares a packed sequence."""
-    sharing = settings.training.sequence_parallel_ranks
+    """Two if there is work and a device for both, or the number that shares packed sequences or experts."""
+    sharing = settings.training.sharing_ranks
     return sharing if sharing > 1 else min(2, torch.cuda.device_count() or 2, settings.training.global_batch_size)
 
 

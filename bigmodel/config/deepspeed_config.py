@@ -79,6 +79,8 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
     if not source.tells_of("zero_optimization.stage", "zero_optimization ="):
         _refuse_combinations(config, settings, world_size, source)
     _refuse_limits(config, settings, source)
+    if settings.training.expert_parallel_ranks > 1:
+        _refuse_shared_experts(config, settings, world_size, source)
     source.raise_problems()
     return config, settings
 
@@ -285,6 +287,25 @@ def _refuse_limits(config: dict[str, Any], settings: Settings, source: Source) -
         source.problem(
             f'zero_optimization.offload_optimizer.device = "{offload}" with optimizer.kind = "{kind}": {row.limits}'
         )
+
+
+def _refuse_shared_experts(config: dict[str, Any], settings: Settings, world_size: int, source: Source) -> None:
+    """Refuse what does not go with ranks that share experts."""
+    zero, size = config["zero_optimization"], settings.training.expert_parallel_ranks
+    said = f"training.expert_parallel_ranks = {size}"
+    if world_size % size:
+        source.problem(f"{said} does not divide the {counted_noun(world_size, 'rank')}; choose a divisor")
+    if zero["stage"] == 3:
+        source.problem(
+            f"zero_optimization.stage = 3 with {said}: ZeRO 3 would partition each rank's experts over all ranks, "
+            "which hold other ones; use stage 2, or expert_parallel_ranks = 1"
+        )
+    for name in ("reduce_scatter", "contiguous_gradients"):
+        if zero.get(name) is False:
+            source.problem(
+                f"zero_optimization.{name} = false with {said}: DeepSpeed {VERSION} needs it for experts; remove the "
+                "key"
+            )
 
 
 def _fill(config: dict[str, Any], path: str, value: Any) -> None:

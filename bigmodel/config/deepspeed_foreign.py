@@ -8,7 +8,7 @@ GPT-NeoX writes hyphens or underscores; both are found. Imports neither torch no
 
 _PIPELINE = "remove it: pipeline parallelism is not offered, ZeRO stage 3 splits large models"
 _TENSOR = "remove it: tensor parallelism is not offered, ZeRO stage 3 splits large models"
-_EXPERTS = "remove it: experts are set by [model.experts] of the run file, and are not distributed over ranks"
+_EXPERTS = "remove it: [model.experts] in the run file makes a mixture of experts, without a limit of tokens"
 _LOSS_SCALE = 'write it inside "fp16"'
 _OWN_DOCUMENTS = "remove the key; documents of a pack never see each other, and each has its own positions"
 _NO_PIPELINE = "remove the key; there is no pipeline parallelism"
@@ -36,6 +36,8 @@ SETTINGS = {
     "ds_sequence_parallel_size": "training.sequence_parallel_ranks",
     "eval_interval": "evaluation.every_steps",
     "eval_iters": "evaluation.sequences",
+    "expert_model_parallel_size": "training.expert_parallel_ranks",
+    "expert_parallel_size": "training.expert_parallel_ranks",
     "ffn_hidden_size": "model.intermediate_size",
     "global_batch_size": "training.global_batch_size",
     "group_query_attention": "model.num_kv_heads",
@@ -60,10 +62,13 @@ SETTINGS = {
     "min_lr": "schedule.final_ratio (min_lr divided by the highest rate)",
     "mixed_precision": "training.precision",
     "mlp_type": "model.activation",
+    "moe_expert_parallel_size": "training.expert_parallel_ranks",
+    "moe_num_experts": "model.experts.count",
     "no_weight_tying": "model.tied_embeddings (the opposite)",
     "norm": "model.norm",
     "normalization": "model.norm",
     "num_attention_heads": "model.num_heads",
+    "num_experts": "model.experts.count",
     "num_kv_heads": "model.num_kv_heads",
     "num_layers": "model.num_layers",
     "num_query_groups": "model.num_kv_heads",
@@ -123,8 +128,6 @@ REASONS = {
     "dynamic_loss_scale": _LOSS_SCALE,
     "eod_mask_loss": _OWN_DOCUMENTS,
     "exclude": _HOSTS,
-    "expert_model_parallel_size": _EXPERTS,
-    "expert_parallel_size": _EXPERTS,
     "fp32_allreduce": 'remove the key; sums over ranks are in fp32 (communication_data_type = "fp32")',
     "gas": 'write "gradient_accumulation_steps", or training.global_batch_size in the run file',
     "gpt_j_residual": "remove the key; feed-forward and attention one after the other is the only form",
@@ -146,10 +149,7 @@ REASONS = {
     "model_parallel_size": _TENSOR,
     "moe": _EXPERTS,
     "moe_expert_capacity": _EXPERTS,
-    "moe_expert_parallel_size": _EXPERTS,
-    "moe_num_experts": _EXPERTS,
     "no_pipeline_parallel": _NO_PIPELINE,
-    "num_experts": _EXPERTS,
     "num_layers_per_virtual_pipeline_stage": _PIPELINE,
     "optimizer_type": 'write "optimizer": {"type": ...}',
     "output_layer_init_method": _INITIAL,

@@ -60,7 +60,7 @@ TOP_LEVEL = {
     "log_level": used(choice("debug", "info", "warning", "error", "critical"), nullable=True),
     "vocabulary_size": idle(whole(1), "the tokenizer of the data gives it", nullable=True),
     "dataloader_drop_last": idle(FLAG, NO_DATA),
-    "use_data_before_expert_parallelism": refused("remove the key; experts are not distributed over ranks"),
+    "use_data_before_expert_parallelism": refused("remove the key; training.expert_parallel_ranks are neighbours"),
     "allgather_size": refused("remove the key; it belongs to an old format of zero_optimization", only()),
     "optimizer": ours(OBJECT, "[optimizer]"),
     "optimizer.type": ours(TEXT, "optimizer.kind"),
@@ -297,7 +297,7 @@ OFF_ONLY = {
         "partition_config preset_model keep_module_on_host replace_with_kernel_inject kernel_inject",
     ),
     "expert_parallel": refused(
-        "set enabled = false; experts are set by [model.experts] of the run file, and are not distributed over ranks",
+        "set enabled = false; [model.experts] and training.expert_parallel_ranks in the run file have their place",
         enabled_by("enabled", False),
         "enabled autoep_size expert_tensor_parallel_size validate_folding_routing async_split_plan preset_model "
         "moe_layer_pattern expert_pattern router_pattern use_grouped_mm disable_triton_grouped_mm route_norm "

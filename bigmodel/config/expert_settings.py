@@ -5,6 +5,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from bigmodel.config.sections import Section, setting
+from bigmodel.config.user_error import UserError
+from bigmodel.sizes import counted_noun
 
 # Strengths of the balance. They change no weight's shape and no evaluation.
 STRENGTHS = ("balance_weight", "bias_rate", "router_z_weight")
@@ -93,9 +95,12 @@ def problem_of_experts(model: Any) -> str:
 
 def problem_beside_experts(settings: Any) -> str:
     """Why other sections do not fit expert layers; empty if they do. settings: `Settings`, which imports this."""
-    if settings.model.experts is None:
-        return ""
     training = settings.training
+    shared = f"training.expert_parallel_ranks = {training.expert_parallel_ranks}"
+    if settings.model.experts is None:
+        return f"{shared} needs model.experts; set it to 1" if training.expert_parallel_ranks > 1 else ""
+    if settings.model.experts.count % training.expert_parallel_ranks:
+        return f"{shared} does not divide model.experts.count = {settings.model.experts.count}; choose a divisor"
     given = {
         "lora.rank": (settings.lora.rank, 0, "adapters of experts are not made"),
         "classification.classes": (settings.classification.classes, [], "experts would be balanced over few labels"),
@@ -114,3 +119,16 @@ def problem_beside_experts(settings: Any) -> str:
             "another optimizer"
         )
     return ""
+
+
+def refuse_across_nodes(settings: Any, ranks_on_node: int) -> None:
+    """Raise `UserError` where ranks of several nodes would share experts and `training.expert_parallel_across_nodes`
+    does not allow it. settings: `Settings`. ranks_on_node: 1 where nodes have unequal numbers."""
+    training = settings.training
+    if training.expert_parallel_across_nodes or ranks_on_node % training.expert_parallel_ranks == 0:
+        return
+    raise UserError(
+        f"training.expert_parallel_ranks = {training.expert_parallel_ranks} with "
+        f"{counted_noun(ranks_on_node, 'rank')} on a node: each layer would wait for the network; choose a divisor, or "
+        "set training.expert_parallel_across_nodes = true"
+    )

@@ -190,6 +190,18 @@ def test_ranks_that_share_packs_have_more_micro_batches(tmp_path: Path) -> None:
     assert words.endswith("training.global_batch_size = 16")
 
 
+def test_ranks_that_share_experts_divide_all_and_partition_them_among_themselves(tmp_path: Path) -> None:
+    sections = {"model": {"experts": {"count": 4}}, "training": {"expert_parallel_ranks": 2}}
+    effective, _ = resolve(tmp_path, {"zero_optimization": {"stage": 2}}, 4, **sections)
+    assert effective["gradient_accumulation_steps"] == 2, "each has sequences of its own"
+    assert "expert_parallel_ranks = 2 does not divide the 3 ranks; choose" in refusal(tmp_path, {}, 3, **sections)
+    words = refusal(tmp_path, {"zero_optimization": {"stage": 3}}, 4, **sections)
+    assert "zero_optimization.stage = 3 with training.expert_parallel_ranks = 2" in words
+    for name in ("reduce_scatter", "contiguous_gradients"):
+        words = refusal(tmp_path, {"zero_optimization": {"stage": 2, name: False}}, 4, **sections)
+        assert f"zero_optimization.{name} = false with training.expert_parallel_ranks = 2" in words
+
+
 @pytest.mark.parametrize("other", [{}, {"train_micro_batch_size_per_gpu": "auto"}])
 def test_packed_sequences_at_once_follow_from_batch_and_accumulation_as_in_deepspeed(
     tmp_path: Path, other: dict[str, str]

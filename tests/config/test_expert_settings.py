@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from bigmodel.config.expert_settings import refuse_across_nodes
 from bigmodel.config.sections import explain
 from bigmodel.config.settings import ModelSettings, Settings, UserError
 from bigmodel.config.start_folder import completed
@@ -81,9 +82,34 @@ def test_a_start_from_a_run_takes_its_experts(tmp_path: Path) -> None:
         ({}, {"model": {"mup_base_width": 256}}, "model.mup_base_width with model.experts"),
         ({}, {"training": {"compile": True}}, "training.compile with model.experts"),
         ({}, {"optimizer": {"kind": "adafactor"}}, 'optimizer.kind = "adafactor" with model.experts'),
+        (
+            {},
+            {"training": {"expert_parallel_ranks": 3}},
+            "training.expert_parallel_ranks = 3 does not divide model.experts.count = 4; choose a divisor",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(experts: dict[str, Any], sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         settings_of(experts, **sections)
     assert words in explain(refusal.value, Settings)
+
+
+def test_ranks_share_experts_of_a_model_that_has_some() -> None:
+    with pytest.raises(ValidationError, match=r"training.expert_parallel_ranks = 2 needs model.experts; set it to 1"):
+        Settings.model_validate({"training": {"expert_parallel_ranks": 2}})
+
+
+def test_ranks_of_several_nodes_share_experts_only_if_asked() -> None:
+    training = {"expert_parallel_ranks": 4}
+    refuse_across_nodes(settings_of(training=training), 8)
+    refuse_across_nodes(Settings(), 1)
+    with pytest.raises(UserError, match="expert_parallel_ranks = 4 with 2 ranks on a node: each layer would wait"):
+        refuse_across_nodes(settings_of(training=training), 2)
+    refuse_across_nodes(settings_of(training=training | {"expert_parallel_across_nodes": True}), 2)
+
+
+def test_groups_of_ranks_hold_all_that_share_something() -> None:
+    training = {"expert_parallel_ranks": 4, "sequence_parallel_ranks": 6}
+    assert settings_of(training=training).training.sharing_ranks == 12
+    assert Settings().training.sharing_ranks == 1
