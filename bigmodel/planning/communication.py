@@ -10,6 +10,9 @@ to torch.distributed, counted on gloo, by a test.
     stage 3    in every micro-batch weights are gathered, in the backward once more where the forward let go of them,
                and gradients are summed and scattered; what stays whole for its size is gathered once a step
 
+Ranks that share experts sum and gather these only among the ranks that hold the same ones. The rows that they exchange
+are in `bigmodel.planning.step_demand`.
+
 DeepSpeed sums the buckets of stages 1 and 2 by all-reduce, not by reduce-scatter (`use_multi_rank_bucket_allreduce`, on
 by default). Sums are in `communication_data_type`, fp32 here; weights in the run's precision. Norms, losses and other
 numbers are a few bytes and not counted. A ring of n ranks sends (n - 1) / n of a gathered or scattered tensor, twice
@@ -33,9 +36,11 @@ class Collective(NamedTuple):
     name: str  # all_reduce, all_gather, reduce_scatter
     purpose: str
     payload: int
+    among: int = 0  # ranks; 0: all
 
     def sent(self, ranks: int) -> int:
         """Bytes that one rank sends in a ring."""
+        ranks = self.among or ranks
         times = 2 if self.name == "all_reduce" else 1
         return times * self.payload * (ranks - 1) // ranks
 
@@ -50,9 +55,15 @@ def collectives(
     if ranks == 1:
         return []
     if zero["stage"] < 3:
-        times = micro_batches if zero["stage"] == 2 else 1
-        found = [Collective("all_reduce", "gradients", summed * trained * times)]
-        return found + [Collective("all_gather", "new weights", low * trained)] * (zero["stage"] > 0)
+        times, size = micro_batches if zero["stage"] == 2 else 1, settings.training.expert_parallel_ranks
+        experts = sum(one.numel for one in parameters if one.is_trained and one.is_of_experts) if size > 1 else 0
+        found = []
+        for numel, whose, among in ((trained - experts, "", 0), (experts // size, " of experts", ranks // size)):
+            if numel and among != 1:  # 1: no other rank holds them
+                found.append(Collective("all_reduce", f"gradients{whose}", summed * numel * times, among))
+                if zero["stage"]:
+                    found.append(Collective("all_gather", f"new weights{whose}", low * numel, among))
+        return found
     persists = float(zero.get("stage3_param_persistence_threshold", PERSISTENCE))
     parted = sum(one.numel for one in parameters if one.numel >= persists)
     whole = sum(one.numel for one in parameters if one.numel < persists)

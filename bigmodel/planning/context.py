@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
+from bigmodel.config.expert_settings import refuse_across_nodes
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.store.manifest import MANIFEST, Manifest
@@ -31,6 +32,7 @@ def context_of(settings: Settings, cluster: Cluster, tokens: int = 0) -> Context
     """`tokens`: of the tokenizer; 0: those of `vocabulary_of`. Raises `UserError`."""
     ranks = cluster.nodes * cluster.ranks_on_node
     effective, settings = resolve_deepspeed(settings, ranks)
+    refuse_across_nodes(settings, cluster.ranks_on_node)
     manifest = manifest_of(settings)
     return Context(settings, effective, vocabulary_of(settings, tokens), cluster, ranks, manifest)
 

@@ -57,7 +57,7 @@ def memory_of(context: Context) -> Plan:
     device["fragmentation"] = int(FRAGMENTATION * sum(device.values()))
     device["framework"] = CUDA_CONTEXT
     if context.ranks > 1:
-        shares = settings.training.sequence_parallel_ranks > 1
+        shares = settings.training.sharing_ranks > 1
         device["framework"] += COMMUNICATOR * (1 + shares) + ALL_TO_ALL * shares
     return Plan({name: device[name] for name in PARTS if device.get(name)}, plan.host)
 
@@ -73,7 +73,7 @@ def stages_of(context: Context) -> dict[str, Context]:
         offered = stage > 1 and "cpu" in row.offloads if offloads else stage > 0 or precision == "fp32"
         if (stage, offloads) == own:
             found[f"{name} (yours)"] = context
-        elif offered:
+        elif offered and not (stage == 3 and context.settings.training.expert_parallel_ranks > 1):
             found[name] = at_stage(context, stage, offloads)
     return found
 

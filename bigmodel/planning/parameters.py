@@ -8,7 +8,7 @@ Example: a decoder of 12 layers and width 768 with 32,000 rows has blocks.0.atte
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -35,6 +35,11 @@ class Parameter:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether its rows are experts, which ranks may share."""
+        return self.name.endswith((".experts.gate_up", ".experts.down"))
+
 
 def parameters_of(settings: Settings, vocabulary: int) -> list[Parameter]:
     """All parameters, with [lora]'s adapters; those of `training.freeze` are not trained. `vocabulary`: rows of the
@@ -44,6 +49,14 @@ def parameters_of(settings: Settings, vocabulary: int) -> list[Parameter]:
     if settings.lora.rank:
         found = [one for parameter in found for one in (parameter, *_adapters(parameter, settings))]
     return [one if _is_trained(one.name, settings) else replace(one, is_trained=False) for one in found]
+
+
+def held_of(parameters: Sequence[Parameter], settings: Settings) -> list[Parameter]:
+    """Of one rank: its part of the experts that `training.expert_parallel_ranks` ranks share, and all others."""
+    size = settings.training.expert_parallel_ranks
+    return [
+        replace(one, shape=(one.shape[0] // size, *one.shape[1:])) if one.is_of_experts else one for one in parameters
+    ]
 
 
 def _transformer(model: ModelSettings, vocabulary: int) -> Iterator[Parameter]:

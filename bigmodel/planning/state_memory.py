@@ -12,7 +12,7 @@ from typing import Any
 
 from bigmodel.config.deepspeed_json import device_of
 from bigmodel.config.settings import OptimizerSettings, Settings
-from bigmodel.planning.parameters import Parameter
+from bigmodel.planning.parameters import Parameter, held_of
 from bigmodel.training.optimizers.table import OPTIMIZERS
 
 LOW, WIDE = 2, 4  # bytes of a bf16 or fp16, and of an fp32 number
@@ -31,15 +31,17 @@ class Plan:
 def state_plan(parameters: Sequence[Parameter], settings: Settings, effective: dict[str, Any], ranks: int) -> Plan:
     """Bytes of a rank between and during steps, without activations and a teacher."""
     zero = effective["zero_optimization"]
+    everything, parameters = parameters, held_of(parameters, settings)
     numel, stage = sum(one.numel for one in parameters), zero["stage"]
     trained = sum(one.numel for one in parameters if one.is_trained)
     width = bytes_of(settings.training.precision)
-    share = math.ceil(trained / ranks) if stage else trained  # frozen ones have no gradient, master or moment
+    # Frozen ones have no gradient, master or moment. Ranks that share experts hold as much of their state as others.
+    share = math.ceil(sum(one.numel for one in everything if one.is_trained) / ranks) if stage else trained
     buckets = {name: min(numel, int(float(zero.get(name, default)))) for name, default in DEFAULTS.items()}
     buckets["reduce_bucket_size"] = min(trained, buckets["reduce_bucket_size"])
     state = {
         "masters": WIDE * share if stage else 0,
-        "moments": moment_bytes(parameters, settings.optimizer, ranks if stage else 1),
+        "moments": moment_bytes(everything if stage else parameters, settings.optimizer, ranks if stage else 1),
         "average of weights": WIDE * share if settings.training.ema_decay else 0,
     }
     device = {"weights": width * (math.ceil(numel / ranks) if stage == 3 else numel)}

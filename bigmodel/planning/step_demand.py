@@ -11,7 +11,7 @@ import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 from bigmodel.config.recurrent_settings import GATES
-from bigmodel.config.settings import ModelSettings, TrainingSettings, num_micro_batches
+from bigmodel.config.settings import ModelSettings, Settings, TrainingSettings, num_micro_batches
 from bigmodel.data.plan.attention_work import Work
 from bigmodel.metrics.flops import attention_flops, flops, matrix_weights
 from bigmodel.planning.communication import Collective, collectives
@@ -43,6 +43,7 @@ class Demand(NamedTuple):
     pcie_bytes: float  # to and from the host, with the optimizer in its memory
     host_bytes: float  # moved there by the update
     all_to_all_bytes: float  # sent, of Ulysses
+    expert_rows_bytes: float  # sent to the ranks of experts and back, at even loads
     collectives: tuple[Collective, ...]
     model_flops: tuple[float, float, float]  # of all ranks: causal, full, hardware
     checkpoint_bytes: int  # of all ranks
@@ -84,6 +85,7 @@ def step_demand(context: "Context", packs: int = 0, of_pack: PackWork | None = N
         pcie_bytes=over_pcie,
         host_bytes=in_host,
         all_to_all_bytes=_all_to_all_bytes(context, work) / ranks,
+        expert_rows_bytes=_expert_rows_bytes(context.settings, work) / ranks,
         collectives=tuple(collectives(parameters, settings, effective, ranks, micro_batches)),
         model_flops=(counted.causal, counted.full, counted.hardware + again),
         checkpoint_bytes=checkpoint_bytes(context, parameters),
@@ -163,6 +165,18 @@ def _width_moved(model: ModelSettings) -> int:
     normed = 2 * (queries + keys) if model.qk_norm else 0
     inner = (3 if model.gated else 2) * model.intermediate_size
     return 2 * norms * width + 3 * sublayers * width + rotated + normed + inner
+
+
+def _expert_rows_bytes(settings: Settings, work: Work) -> float:
+    """Over all ranks: a row of each token and expert, there and back, forward and backward, once more where anything is
+    recomputed."""
+    model, size = settings.model, settings.training.expert_parallel_ranks
+    if model.experts is None or size == 1:
+        return 0.0
+    passes = 2 if settings.training.activation_checkpointing == "none" else 3
+    row = bytes_of(settings.training.precision) * model.hidden_size
+    layers = model.num_expert_layers
+    return 2 * passes * row * model.experts.per_token * work.positions * layers * (size - 1) / size
 
 
 def _all_to_all_bytes(context: "Context", work: Work) -> float:

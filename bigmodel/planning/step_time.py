@@ -93,7 +93,8 @@ def step_time(context: "Context", calibration: Rates | None = None) -> StepTime:
         mfu_causal=causal,
         mfu_full=full,
         hfu=of_hardware,
-        sent_bytes={f"{one.name} {one.purpose}": one.sent(context.ranks) for one in demand.collectives},
+        sent_bytes={f"{one.name} {one.purpose}": one.sent(context.ranks) for one in demand.collectives}
+        | ({"all_to_all expert parallel": int(demand.expert_rows_bytes)} if demand.expert_rows_bytes else {}),
         run_tokens=sum(steps * demand.tokens for steps, demand in segments),
         run_seconds=training + evaluation,
         evaluation_seconds=evaluation,
@@ -129,11 +130,15 @@ def sent_seconds(context: "Context", demand: Demand, hardware: Hardware, rates: 
     """Of collectives, by operation and purpose."""
     rate = hardware.ring_rate * rates.link
     found = {f"{one.name} {one.purpose}": one.sent(demand.ranks) / rate for one in demand.collectives}
-    if demand.all_to_all_bytes:
-        shards = context.settings.training.sequence_parallel_ranks
-        inside = shards <= hardware.gpus_per_node
-        links = hardware.node_rate if inside else min(hardware.node_rate, hardware.link_rate)
-        found["all_to_all sequence parallel"] = demand.all_to_all_bytes / (links * rates.link)
+    training = context.settings.training
+    for purpose, size, sent in (
+        ("sequence parallel", training.sequence_parallel_ranks, demand.all_to_all_bytes),
+        ("expert parallel", training.expert_parallel_ranks, demand.expert_rows_bytes),
+    ):
+        if sent:
+            inside = size <= hardware.gpus_per_node
+            links = hardware.node_rate if inside else min(hardware.node_rate, hardware.link_rate)
+            found[f"all_to_all {purpose}"] = sent / (links * rates.link)
     return found
 
 

@@ -13,6 +13,7 @@ from bigmodel.inspect.memory import activation_bytes, state_bytes
 from bigmodel.pictures import MEMORY
 from bigmodel.planning.context import Context, cluster_of_ranks, context_of
 from bigmodel.planning.memory import GIB, PARTS, memory_of, memory_part, stages_of, tensors_of
+from bigmodel.planning.parameters import parameters_of
 from bigmodel.planning.show_memory import show_memory
 from tests.planning.test_activation_memory import MODEL, model_of, table_of
 
@@ -79,6 +80,20 @@ def test_ranks_that_share_a_sequence_divide_what_its_tokens_make() -> None:
     assert four["activations"] < one["activations"] / 3
     assert four["loss buffers"] > (4 + 2) * TOKENS * MODEL["hidden_size"], "fp32, and bf16 in the backward"
     assert four["weights"] == one["weights"]
+    assert four["framework"] > one["framework"]
+
+
+def test_ranks_that_share_experts_hold_a_part_of_them() -> None:
+    """Masters and moments are partitioned over all ranks in any case; weights and gradients are not."""
+    table = table_of(model_of("llama") | {"experts": {"count": 8, "width": 64}}, "bf16", "none")
+    shared = context(table | {"training": table["training"] | {"expert_parallel_ranks": 4}})
+    alone = context(table)
+    of_experts = sum(one.numel for one in parameters_of(alone.settings, TOKENS) if one.is_of_experts)
+    one, four = memory_of(alone).device, memory_of(shared).device
+    assert one["weights"] - four["weights"] == 2 * of_experts * 3 // 4
+    assert one["gradients"] - four["gradients"] == (4 + 2) * of_experts * 3 // 4
+    assert (four["masters"], four["moments"]) == (one["masters"], one["moments"])
+    assert "ZeRO 3" not in stages_of(shared)
     assert four["framework"] > one["framework"]
 
 

@@ -183,6 +183,28 @@ def test_ulysses_exchanges_heads() -> None:
     assert "all_to_all sequence parallel" in step_time(given).phases
 
 
+def test_shared_experts_exchange_rows_and_are_summed_where_they_are_held() -> None:
+    """4 of 8 ranks share 8 experts: a rank sends 3/4 of its rows, there and back, in both passes; experts are summed
+    in a ring of 2."""
+    model = MODEL | {"experts": {"count": 8, "per_token": 2, "width": 32}}
+    given = context(model=model, training={"expert_parallel_ranks": 4})
+    demand, tokens, experts = step_demand(given), 16 * 256 / 8, 2 * 8 * 3 * 64 * 32
+    assert demand.expert_rows_bytes == 2 * 2 * 2 * 64 * 2 * tokens * 2 * 3 / 4
+    again = step_demand(with_settings(given, activation_checkpointing="full"))
+    assert again.expert_rows_bytes == 1.5 * demand.expert_rows_bytes
+    exchanged = {f"{one.name} {one.purpose}": one for one in demand.collectives}
+    held = exchanged["all_reduce gradients of experts"]
+    assert (held.payload, held.sent(8)) == (4 * experts // 4, 4 * experts // 4)
+    whole = step_demand(context(model=model)).collectives
+    assert exchanged["all_reduce gradients"].payload == whole[0].payload - 4 * experts
+    assert exchanged["all_gather new weights of experts"].payload == 2 * experts // 4
+    found = step_time(given)
+    assert found.phases["all_to_all expert parallel"] > 0
+    assert found.sent_bytes["all_to_all expert parallel"] == demand.expert_rows_bytes
+    alone = step_demand(context(nodes=1, model=model, training={"expert_parallel_ranks": 4})).collectives
+    assert [one.purpose for one in alone] == ["gradients", "new weights"], "no other rank holds them"
+
+
 def test_the_run_has_its_ramp() -> None:
     ramped = with_settings(context(), batch_ramp=[(50, 32)])  # steps are counted from 0
     assert ramp_of(ramped.settings.training) == [(50, 16), (50, 32)]
