@@ -85,7 +85,7 @@ def local_command(
     visible = {**os.environ, **cluster.variables()}.get("CUDA_VISIBLE_DEVICES")
     devices = len(given_devices(os.listdir("/dev"), visible))
     size = ranks_per_node(ranks or cluster.ranks_per_node, 1, devices)
-    _require_fit(run_file, overrides, size)
+    _require_fit(run_file, overrides, size, size)
     options = _options(fresh, new_plan)
     if dry_run:
         words = [*trainer_command(run_file, overrides), *options]
@@ -109,7 +109,7 @@ def slurm_command(
     directory = settings.run.directory.absolute()
     options = _options(fresh, new_plan)
     job = slurm.Job(run_file, directory, Path.cwd(), cluster, cluster_file, overrides, options)
-    _require_fit(run_file, overrides, cluster.nodes * cluster.ranks_on_node)
+    _require_fit(run_file, overrides, cluster.nodes * cluster.ranks_on_node, cluster.ranks_on_node)
     if dry_run:
         print(slurm.render(job))
         print(f"# {PLANNED}:")
@@ -138,7 +138,7 @@ def torchrun_command(
         raise UserError(f"--node-rank {node_rank}: there are {len(topology.hosts)} nodes, counted from 0")
     words = ["exec", *Command(run_file, cluster_file, overrides).words(), *_options(fresh, new_plan)]
     commands = [torchrun.node_command(topology, node, words) for node in range(len(topology.hosts))]
-    _require_fit(run_file, overrides, topology)
+    _require_fit(run_file, overrides, topology.world_size, topology.local_size(0))
     if node_rank >= 0 and not dry_run:
         check_name(topology)
         torchrun.become(commands[node_rank])
@@ -168,7 +168,7 @@ def ssh_command(
     each = ranks_per_node(ranks, len(used), slots) if ranks else slots
     topology = topology_on(cluster, used, each, directory)
     options = _options(fresh, new_plan)
-    _require_fit(run_file, overrides, topology)
+    _require_fit(run_file, overrides, topology.world_size, topology.local_size(0))
     if dry_run:
         _print_ranks(topology, [*trainer_command(run_file, overrides), *options], cluster)
         return
@@ -361,10 +361,9 @@ def _read_world(text: str) -> Topology:
     return Topology(names, nodes, table["main_address"], table["main_port"], switches)
 
 
-def _require_fit(run_file: Path, overrides: Sequence[str], topology: Topology) -> None:
-    """Before a start: raises `UserError` if the run's DeepSpeed JSON, batch size or experts do not fit the ranks."""
-    ranks, sizes = topology.world_size, {topology.local_size(rank) for rank in range(topology.world_size)}
-    each = sizes.pop() if len(sizes) == 1 and list(topology.nodes) == sorted(topology.nodes) else 1
+def _require_fit(run_file: Path, overrides: Sequence[str], ranks: int, each: int) -> None:
+    """Before a start: raises `UserError` if the run's DeepSpeed JSON, batch size or experts do not fit the ranks,
+    `each` of them on a node."""
     words = [word for override in overrides for word in ("--set", override)]
     command = [sys.executable, "-m", "bigmodel", "probe", str(run_file), *words, "--world-size", str(ranks)]
     command += ["--ranks-per-node", str(each)]

@@ -130,7 +130,8 @@ class _Plain:
         say: Say,
         seconds: float = PLAIN_SECONDS,
     ) -> None:
-        model, exact = new_start(settings, WHOLE, ALONE)
+        alone = settings.training.model_copy(update={"expert_parallel_ranks": 1})
+        model, exact = new_start(settings.model_copy(update={"training": alone}), WHOLE, ALONE)
         training = PlainTraining(model.to(device), settings, wide, exact)
         self.losses: list[float] = []
         self.norms: list[float] = []

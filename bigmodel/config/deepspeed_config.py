@@ -292,19 +292,21 @@ def _refuse_limits(config: dict[str, Any], settings: Settings, source: Source) -
 def _refuse_shared_experts(config: dict[str, Any], settings: Settings, world_size: int, source: Source) -> None:
     """Refuse what does not go with ranks that share experts."""
     zero, size = config["zero_optimization"], settings.training.expert_parallel_ranks
-    said = f"training.expert_parallel_ranks = {size}"
     if world_size % size:
-        source.problem(f"{said} does not divide the {counted_noun(world_size, 'rank')}; choose a divisor")
+        source.problem(
+            f"training.expert_parallel_ranks = {size} does not divide the {counted_noun(world_size, 'rank')}; choose a "
+            "divisor"
+        )
     if zero["stage"] == 3:
         source.problem(
-            f"zero_optimization.stage = 3 with {said}: ZeRO 3 would partition each rank's experts over all ranks, "
-            "which hold other ones; use stage 2, or expert_parallel_ranks = 1"
+            f"zero_optimization.stage = 3 with training.expert_parallel_ranks = {size}: ZeRO 3 would partition each "
+            "rank's experts over all ranks, which hold other ones; use stage 2, or expert_parallel_ranks = 1"
         )
     for name in ("reduce_scatter", "contiguous_gradients"):
         if zero.get(name) is False:
             source.problem(
-                f"zero_optimization.{name} = false with {said}: DeepSpeed {VERSION} needs it for experts; remove the "
-                "key"
+                f"zero_optimization.{name} = false with training.expert_parallel_ranks = {size}: DeepSpeed {VERSION} "
+                "needs it for experts; remove the key"
             )
 
 

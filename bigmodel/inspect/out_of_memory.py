@@ -39,16 +39,21 @@ def remedies(settings: Settings, effective: dict[str, Any], plan: Plan, ranks: i
     """Settings that lower the memory of a rank, those of the larger part first."""
     zero, packs = effective["zero_optimization"], packs_per_micro_batch(effective)
     recomputed, precision = settings.training.activation_checkpointing, settings.training.precision
+    shared = settings.training.expert_parallel_ranks
     of_activations = {
         f'"train_micro_batch_size_per_gpu": {packs // 2} in the DeepSpeed JSON (now {packs})': packs > 1,
         f'training.activation_checkpointing = "full" (now "{recomputed}")': recomputed != "full",
         f"a smaller data.sequence_length (now {settings.data.sequence_length})": True,
     }
     of_state = {
-        f'"zero_optimization": {{"stage": {zero["stage"] + 1}}} in the DeepSpeed JSON': zero["stage"] < 3 and ranks > 1,
+        f'"zero_optimization": {{"stage": {zero["stage"] + 1}}} in the DeepSpeed JSON': zero["stage"]
+        < (2 if shared > 1 else 3)
+        and ranks > 1,
         '"zero_optimization": {"offload_optimizer": {"device": "cpu"}}': device == "cuda" and not plan.host,
         f'training.precision = "bf16" (now "{precision}")': precision == "fp32" and device == "cuda",
         'optimizer.kind = "adafactor" (smaller moments)': settings.optimizer.kind in ("adamw", "ademamix"),
+        f"training.expert_parallel_ranks = {2 * shared} (now {shared})": settings.model.experts is not None
+        and not (settings.model.experts.count % (2 * shared) or ranks % (2 * shared) or zero["stage"] == 3),
         f"more ranks (now {ranks})": zero["stage"] > 0,
     }
     of_host = {

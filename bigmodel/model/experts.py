@@ -119,6 +119,8 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(count, 2 * width, settings.hidden_size))
         self.joined = {"gate_up": (width, width)}  # rows of the matrices that each expert's one holds
         self.down = nn.Parameter(torch.empty(count, settings.hidden_size, width))
+        for parameter in self.parameters():
+            parameter.is_of_experts = True  # type: ignore[attr-defined]  # its rows are experts: ranks may share them
 
     def forward(self, x_AH: Tensor, offsets_E1: Tensor) -> Tensor:
         """offsets_E1: expert e has rows [offsets[e], offsets[e + 1]); rows behind the last one give 0."""

@@ -2,6 +2,7 @@
 
 In: the engine, whose ranks hold weights alike (ZeRO 0: with moments and averages; ZeRO 1 and 2: the weights of the
 forward pass, until the next update gathers them; ZeRO 3: those not partitioned; at any stage frozen weights below 3).
+Experts that ranks share are left out: each rank holds others.
 Out: a `Restart` on every rank if they differ, with the ranks, hosts and tensors in events.jsonl; exit code 5. The next
 start goes on from the newest checkpoint, which was compared before it was saved.
 

@@ -53,7 +53,7 @@ def new_model(
 
     Raises `UserError` for folders that do not fit the settings, and for patterns that fit no parameter.
     """
-    with creation(effective) as whole:
+    with creation(effective, settings.training.expert_parallel_ranks) as whole:
         model = build_model(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
         add_adapters(model, settings.lora)
     init_weights(model, settings.run.seed, whole)

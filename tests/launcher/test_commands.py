@@ -77,6 +77,14 @@ def test_a_world_that_the_deepspeed_json_excludes_is_refused_before_anything_sta
     assert not (tmp_path / "run").exists()
 
 
+def test_nodes_too_small_for_ranks_that_share_experts_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    file = write_run_file(tmp_path, "[model.experts]\ncount = 4\n[training]\nexpert_parallel_ranks = 4\n")
+    (tmp_path / "cluster.toml").write_text("nodes = 2\nranks_per_node = 2\n[slurm]\npartition = 'p'\n")
+    answer = launch_command("slurm", str(file), "--cluster", str(tmp_path / "cluster.toml"), "--dry-run")
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("launcher: 4 ranks: training.expert_parallel_ranks = 4 with 2 ranks on a node")
+
+
 def test_a_run_is_stopped_from_its_directory_and_refuses_a_second_one(tmp_path: Path, shards: Path) -> None:
     run_file, run = write_run(tmp_path, shards), tmp_path / "run"
     command = [*COMMAND, "local", str(run_file), *steps(1_000_000)]

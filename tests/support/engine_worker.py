@@ -129,7 +129,8 @@ def num_targets_of(step: int) -> int:
 
 def new_model(settings: Settings, effective: dict[str, Any] | None = None) -> Transformer:
     """With an effective DeepSpeed configuration of stage 3, partitioned from the start."""
-    with creation(effective or {"zero_optimization": {"stage": 0}}) as whole:
+    sharing = settings.training.expert_parallel_ranks if effective else 1
+    with creation(effective or {"zero_optimization": {"stage": 0}}, sharing) as whole:
         model = build_model(settings.model, VOCABULARY)
         add_adapters(model, settings.lora)
     init_weights(model, 5, whole)

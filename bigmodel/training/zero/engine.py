@@ -41,7 +41,7 @@ from bigmodel.training.optimizers.groups import build_optimizer, expert_group, s
 from bigmodel.training.optimizers.shards import Part, Shards
 from bigmodel.training.optimizers.table import OPTIMIZERS, STEP
 from bigmodel.training.zero.examine import first_nonfinite, squared_gradients
-from bigmodel.training.zero.expert_parallel import ExpertParallel, Slice
+from bigmodel.training.zero.expert_parallel import ExpertParallel, Slice, made_whole
 from bigmodel.training.zero.held_zeros import HeldZeros
 from bigmodel.training.zero.layouts import ParameterShard, layout_of
 from bigmodel.training.zero.mmap_state import MappedFiles
@@ -561,13 +561,14 @@ def evaluated(engine: Any, batch: Any, output: str, compiled: bool) -> Tensor:
 
 
 @contextlib.contextmanager
-def creation(effective: dict[str, Any]) -> Iterator[Callable[[nn.Parameter], Any]]:
+def creation(effective: dict[str, Any], sharing: int = 1) -> Iterator[Callable[[nn.Parameter], Any]]:
     """Construct a model inside; under ZeRO-3 each parameter is partitioned as soon as its module exists, so that no
     rank ever holds the whole model. Gives a context manager that gathers one parameter while it is filled, with equal
-    values on every rank.
+    values on every rank. `sharing`: number of ranks that share experts; a rank keeps its own of what was filled.
     """
     if effective["zero_optimization"]["stage"] != 3:
-        yield lambda parameter: contextlib.nullcontext()
+        rank = dist.get_rank() if sharing > 1 else 0
+        yield lambda parameter: made_whole(parameter, sharing, rank) if sharing > 1 else contextlib.nullcontext()
         return
     with _quiet():
         deepspeed = import_deepspeed()

@@ -13,12 +13,14 @@ computes the rows that it gets: uneven loads of experts become uneven ranks.
 Example: n = 2, 4 experts, rank 0 has rows of the experts 0 0 1 3, rank 1 of 0 2 2 3. Rank 0 holds the experts 0 and 1:
 it keeps 0 0 1, gets 0, and sorts: 0 0 0 1, offsets 0 3 4.
 
-The model does not know of this: `ExpertParallel` keeps the slice of each weight and replaces `Experts.forward`.
+The model does not know of this: `ExpertParallel` keeps the slice of each weight and replaces `Experts.forward`. With
+`made_whole` no rank ever holds all experts.
 
 Letters as in `bigmodel.model.experts`; N sharing ranks, P experts of a rank, R rows that a rank gets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -53,21 +55,44 @@ class ExpertParallel:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for layer in self._layers:
             for parameter in (layer.gate_up, layer.down):
-                self.slices[names[id(parameter)]] = self._cut(parameter)
+                _cut(parameter, size, self.rank)
+                numel = parameter.numel()
+                self.slices[names[id(parameter)]] = Slice(_whole_shape(parameter), self.rank * numel, numel)
                 self.parameters.append(parameter)
-
-    @torch.no_grad()
-    def _cut(self, parameter: nn.Parameter) -> Slice:
-        whole, count = parameter.data, len(parameter) // self.size
-        parameter.whole_shape = tuple(whole.shape)  # type: ignore[attr-defined]
-        parameter.data = whole[self.rank * count : (self.rank + 1) * count].clone()
-        return Slice(tuple(whole.shape), self.rank * parameter.numel(), parameter.numel())
 
     def connect(self, group: Any) -> None:
         """group: the ranks that share, in their order."""
         ranks = Ranks(group, self.size, self._phases)
         for layer in self._layers:
             layer.forward = partial(_shared, layer, layer.forward, ranks)  # type: ignore[method-assign]
+
+
+@contextmanager
+def made_whole(parameter: nn.Parameter, size: int, rank: int) -> Iterator[None]:
+    """Inside, the experts of all ranks, to be filled with equal values on every rank; afterwards this rank's part. So a
+    rank holds one whole parameter at a time. Other parameters are left as they are."""
+    if not getattr(parameter, "is_of_experts", False):
+        yield
+        return
+    if len(parameter) < _whole_shape(parameter)[0]:
+        part, first = parameter.data, rank % size * len(parameter)
+        parameter.data = part.new_empty(_whole_shape(parameter))
+        parameter.data[first : first + len(part)] = part
+    try:
+        yield
+    finally:
+        _cut(parameter, size, rank % size)
+
+
+def _cut(parameter: nn.Parameter, size: int, rank: int) -> None:
+    """Keep a part, unless that is done."""
+    shape = parameter.whole_shape = _whole_shape(parameter)  # type: ignore[attr-defined]
+    if len(parameter) == shape[0]:
+        parameter.data = parameter.data.chunk(size)[rank].clone()
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return getattr(parameter, "whole_shape", tuple(parameter.shape))
 
 
 class Ranks(NamedTuple):

@@ -10,6 +10,7 @@ from bigmodel.config.settings import Settings
 from bigmodel.distributed.world import end_world, start_world
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.experts import Experts
+from bigmodel.training.zero.engine import creation
 from bigmodel.training.zero.expert_parallel import ExpertParallel
 from tests.support.engine_worker import launch
 from tests.support.exactness import failures, job_of, with_sequence, with_shared_experts
@@ -63,8 +64,25 @@ def rows_of(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return rows.requires_grad_(), torch.cat([torch.zeros(1), loads.cumsum(0)]).int()
 
 
+def keep_a_part_of_what_is_filled(rank: int) -> None:
+    with creation({"zero_optimization": {"stage": 0}}, sharing=2) as made_whole:
+        weight = whole_experts().down
+    part = torch.arange(80.0 * rank, 80.0 * rank + 80).double()
+    for factor in (1, 10):  # initial weights, then those of a start
+        with made_whole(weight), torch.no_grad():
+            assert len(weight) == 4
+            assert factor == 1 or torch.equal(weight[2 * rank :][:2].flatten(), part)
+            weight.copy_(factor * torch.arange(weight.numel()).view_as(weight))
+        assert torch.equal(weight.flatten(), factor * part), "the rest is gone"
+    norm = torch.nn.Parameter(torch.ones(4, 3))
+    with made_whole(norm):
+        assert norm.shape == (4, 3)
+    assert norm.shape == (4, 3)
+
+
 def share_uneven_loads(_: Path) -> None:
     world = start_world(timeout_seconds=60)
+    keep_a_part_of_what_is_filled(world.rank)
     whole, shared = whole_experts(), torch.nn.ModuleList([whole_experts()])
     layer, phases = shared[0], Phases(world.device)
     experts = ExpertParallel(shared, 2, world.rank, phases)
