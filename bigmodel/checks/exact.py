@@ -231,7 +231,7 @@ def _plain_bytes(settings: Settings, effective: Effective, vocabulary: int, nume
     state = state_bytes(settings, effective | WHOLE, vocabulary, 1).device
     moments = 2 * (state.get("moments", 0) + state.get("average of weights", 0))  # in fp32 there
     weights = 8 * numel * 8  # model and masters, their gradients and a sum; the first gradient, first and last weights
-    alone = {"precision": "fp32", "activation_checkpointing": "none"}
+    alone: dict[str, Any] = {"precision": "fp32", "activation_checkpointing": "none"}
     alone |= {"sequence_parallel_ranks": 1, "expert_parallel_ranks": 1}
     narrow = settings.model_copy(update={"training": settings.training.model_copy(update=alone)})
     return moments + weights + 2 * _activations(narrow, effective, vocabulary)

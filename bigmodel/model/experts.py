@@ -120,7 +120,7 @@ class Experts(nn.Module):
         self.joined = {"gate_up": (width, width)}  # rows of the matrices that each expert's one holds
         self.down = nn.Parameter(torch.empty(count, settings.hidden_size, width))
         for parameter in self.parameters():
-            parameter.is_of_experts = True  # type: ignore[attr-defined]  # its rows are experts: ranks may share them
+            parameter.is_of_experts = True  # its rows are experts: ranks may share them
 
     def forward(self, x_AH: Tensor, offsets_E1: Tensor) -> Tensor:
         """offsets_E1: expert e has rows [offsets[e], offsets[e + 1]); rows behind the last one give 0."""

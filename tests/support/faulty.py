@@ -32,7 +32,7 @@ class Fault:
 
     spoilt: data steps that are not finite on any rank; spoilt_in: a file with more of them, which may come later,
     but before these steps. loud_in: the same for steps that are loud. slow_while: while this file is there, each
-    document takes 50 ms to read. journal: gets the Unix time at which the fault happened."""
+    document takes half a second to read. journal: gets the Unix time at which the fault happened."""
 
     kind: str = ""
     rank: int = 1
@@ -152,14 +152,14 @@ def stall(fault: Fault, model: Any) -> None:
 
 
 def read_slowly(file: Path) -> None:
-    """Each document takes 50 ms, while the file is there."""
+    """Each document takes half a second, while the file is there."""
     from bigmodel.data.load.readahead import ReadAhead
 
     at_once = ReadAhead.document
 
     def document(self: ReadAhead, *place: Any) -> Any:
         if file.exists():
-            time.sleep(0.05)
+            time.sleep(0.5)
         return at_once(self, *place)
 
     ReadAhead.document = document  # type: ignore[method-assign]

@@ -41,7 +41,7 @@ DIVISORS = {
     "BigmodelStraggler": 100,  # over 3 s, for 3 s
     "BigmodelLossNotFinite": 120,  # in 5 s
     "BigmodelLossSpikes": 360,  # in 5 s
-    "BigmodelWaitsForData": 300,  # over 2 s, for 2 s
+    "BigmodelWaitsForData": 120,  # over 5 s, for 5 s: a step on busy cores takes 2
     "BigmodelCheckpointOld": 1000,  # 10.8 s
     "BigmodelCheckpointFailed": 720,  # in 5 s
     "BigmodelDiskFull": 240,  # in 60 s, from 15 s, for 2.5 s

@@ -596,7 +596,7 @@ def _share_experts(model: nn.Module, settings: Settings, world: World, phases: P
         return None
     experts = ExpertParallel(model, size, world.rank, phases)
     for parameter in experts.parameters:
-        parameter.allreduce, parameter.group_name = False, expert_group(size)  # type: ignore[attr-defined]
+        parameter.allreduce, parameter.group_name = False, expert_group(size)
     return experts
 
 

@@ -86,7 +86,7 @@ def made_whole(parameter: nn.Parameter, size: int, rank: int) -> Iterator[None]:
 
 def _cut(parameter: nn.Parameter, size: int, rank: int) -> None:
     """Keep a part, unless that is done."""
-    shape = parameter.whole_shape = _whole_shape(parameter)  # type: ignore[attr-defined]
+    shape = parameter.whole_shape = _whole_shape(parameter)
     if len(parameter) == shape[0]:
         parameter.data = parameter.data.chunk(size)[rank].clone()
 
