@@ -183,7 +183,7 @@ def vertex(curve: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def show(runs: Sequence[Run]) -> None:
-    table = Table(title="validation loss, nats per token", title_justify="left")
+    table = Table(title="validation loss, nats per label", title_justify="left")
     found = curves(runs)
     tried = sorted({rate for curve in found.values() for rate, _ in curve})
     for name in ("rule", "width", *(f"{rate:g}" for rate in tried), "best rate"):
@@ -208,7 +208,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         axis.set(xlabel="learning rate", title=f"{rule}: {about}")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("validation loss, nats per token")
+    axes[0].set_ylabel("validation loss, nats per label")
     axes[0].legend(frameon=False)
     figure.savefig(path)
     plt.close(figure)

@@ -5,7 +5,7 @@ approach 3:
 
     L(N, D) = E + A / N^a + B / D^b,   C = 6 N D
 
-with N all parameters and D the tokens of the run; nats per token. The constants are the corrected ones of Besiroglu et
+with N all parameters and D the tokens of the run; nats per label. The constants are the corrected ones of Besiroglu et
 al. 2024 (arXiv 2404.10102); those that Hoffmann et al. printed contradict their own approaches 1 and 2. Least L at a
 given C is where a A / N^a = b B / D^b. Limits: the constants are those of decoders on MassiveText with its tokenizer:
 they say how to divide compute, not what the loss will be, which only a law of the user's own runs predicts.
@@ -40,7 +40,7 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class Law:
-    """L = irreducible + the sum of terms, in nats per token."""
+    """L = irreducible + the sum of terms, in nats per label."""
 
     irreducible: float
     terms: tuple[Term, ...]
@@ -140,7 +140,7 @@ def scaling_part(context: Context, law: Law | None = None) -> Part:
     }
     if law is not None:
         numbers["predicted_loss_nats"] = law.loss(parameters, tokens)
-        rows.append(Row("predicted loss", f"{numbers['predicted_loss_nats']:.3f} nats per token", law.in_words()))
+        rows.append(Row("predicted loss", f"{numbers['predicted_loss_nats']:.3f} nats per label", law.in_words()))
     return Part(TITLE, rows, numbers)
 
 

@@ -280,7 +280,7 @@ def show(console: Console, rungs: Sequence[Rung], target: Rung, table: dict[str,
 def prediction(table: dict[str, Any]) -> str:
     found = table["prediction"]
     times = f"{found['times_largest_compute']:.3g} times the compute of the largest rung"
-    said = f"{law_of(table['law']).in_words()}\ntarget, {times}: {found['loss']:.4f} nats per token"
+    said = f"{law_of(table['law']).in_words()}\ntarget, {times}: {found['loss']:.4f} nats per label"
     if found["interval"]:
         low, high = found["interval"]
         return f"{said}, {found['share']:.0%} between {low:.4f} and {high:.4f}"
@@ -291,8 +291,8 @@ def outcome(table: dict[str, Any]) -> str:
     """The measured loss of the target beside its prediction."""
     loss, found = table["target"]["loss"], table.get("prediction")
     if found is None:
-        return f"target: {loss:.4f} nats per token"
-    said = f"target: {loss:.4f} nats per token, predicted {found['loss']:.4f} ({loss - found['loss']:+.4f})"
+        return f"target: {loss:.4f} nats per label"
+    said = f"target: {loss:.4f} nats per label, predicted {found['loss']:.4f} ({loss - found['loss']:+.4f})"
     if found["interval"]:
         low, high = found["interval"]
         said += f", {'inside' if low <= loss <= high else 'outside'} {low:.4f} to {high:.4f}"

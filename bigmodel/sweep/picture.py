@@ -31,7 +31,7 @@ def draw(table: dict[str, Any], path: Path) -> None:
         axis.errorbar([target["compute"]], [found["loss"]], errors, fmt="s", color=ORANGE, capsize=4, label=label)
     if "loss" in target:
         axis.plot([target["compute"]], [target["loss"]], "*", markersize=12, color=INK, label="measured")
-    axis.set(xscale="log", xlabel="6 N D, FLOPs", ylabel="validation loss, nats per token")
+    axis.set(xscale="log", xlabel="6 N D, FLOPs", ylabel="validation loss, nats per label")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)

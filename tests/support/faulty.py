@@ -31,8 +31,8 @@ class Fault:
     no room: for `steps` steps from that one on no file can become larger than `limit_of` is now, or `room_bytes`.
 
     spoilt: data steps that are not finite on any rank; spoilt_in: a file with more of them, which may come later,
-    but before these steps. loud_in: the same for steps that are loud. slow_while: while this file is there, each
-    document takes half a second to read. journal: gets the Unix time at which the fault happened."""
+    but before these steps. loud_in: the same for steps that are loud. journal: gets the Unix time at which the fault
+    happened."""
 
     kind: str = ""
     rank: int = 1
@@ -47,7 +47,6 @@ class Fault:
     spoilt: tuple[int, ...] = ()
     spoilt_in: Path | None = None
     loud_in: Path | None = None
-    slow_while: Path | None = None
     journal: Path | None = None
 
     def spoils(self, step: int) -> bool:
@@ -112,8 +111,6 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
                 limit_files(resource.RLIM_INFINITY)
             return super().micro_batch(batch, num_labels / 2000 if fault.is_loud(self.at) else num_labels, last)
 
-    if fault.slow_while:
-        read_slowly(fault.slow_while)
     loop.Engine, loop.Stream = Engine, Stream  # type: ignore[assignment, misc]
     return command(arguments, output)
 
@@ -149,20 +146,6 @@ def stall(fault: Fault, model: Any) -> None:
 
     fault.happens()
     ReadAhead.document = lambda self, *place: threading.Event().wait()  # type: ignore[assignment, method-assign]
-
-
-def read_slowly(file: Path) -> None:
-    """Each document takes half a second, while the file is there."""
-    from bigmodel.data.load.readahead import ReadAhead
-
-    at_once = ReadAhead.document
-
-    def document(self: ReadAhead, *place: Any) -> Any:
-        if file.exists():
-            time.sleep(0.5)
-        return at_once(self, *place)
-
-    ReadAhead.document = document  # type: ignore[method-assign]
 
 
 def fill_disk(fault: Fault, model: Any) -> None:

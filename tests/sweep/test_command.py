@@ -75,7 +75,7 @@ def test_a_targets_loss_is_compared_with_the_prediction(options: Callable[..., O
     assert sweep(options([*LOSSES], with_target=True)) == 0
     table = json.loads((given.out / "sweep.json").read_text())
     assert table["target"]["loss"] == 4.3
-    assert outcome(table).startswith(f"target: 4.3000 nats per token, predicted {table['prediction']['loss']:.4f} (")
+    assert outcome(table).startswith(f"target: 4.3000 nats per label, predicted {table['prediction']['loss']:.4f} (")
 
 
 def finish_all(options: Options) -> None:

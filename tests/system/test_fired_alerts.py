@@ -41,7 +41,6 @@ DIVISORS = {
     "BigmodelStraggler": 100,  # over 3 s, for 3 s
     "BigmodelLossNotFinite": 120,  # in 5 s
     "BigmodelLossSpikes": 360,  # in 5 s
-    "BigmodelWaitsForData": 120,  # over 5 s, for 5 s: a step on busy cores takes 2
     "BigmodelCheckpointOld": 1000,  # 10.8 s
     "BigmodelCheckpointFailed": 720,  # in 5 s
     "BigmodelDiskFull": 240,  # in 60 s, from 15 s, for 2.5 s
@@ -66,7 +65,7 @@ class Fleet:
         """Start, and wait for the addresses."""
         kill(self.ranks)
         arguments = ["train", str(self.run_file)]
-        told = {"spoilt_in": "spoilt", "loud_in": "loud", "slow_while": "slow"}
+        told = {"spoilt_in": "spoilt", "loud_in": "loud"}
         fault = Fault(**{kind: self.folder / name for kind, name in told.items()})
         self.ranks = start_ranks(world_size, train, fault, arguments, self.folder / "out", ranks_per_node=2)
         until(lambda: len(self.nodes()) == (world_size + 1) // 2, f"the addresses: {self.printed()}", 120)
@@ -177,10 +176,6 @@ def test_alerts_fire_by_real_faults_and_name_rank_and_node(fleet: Fleet) -> None
     loud = [first + 2 * number for number in range(5)]
     (fleet.folder / "loud").write_text(" ".join(map(str, loud)))
     fleet.fires("BigmodelLossSpikes", signal="gradient_norm")
-    (fleet.folder / "slow").touch()
-    fleet.fires("BigmodelWaitsForData")
-    (fleet.folder / "slow").unlink()
-    fleet.is_resolved("BigmodelWaitsForData")
     fleet.is_resolved("BigmodelLossSpikes", signal="gradient_norm")
 
     with slowed(fleet, 3):
