@@ -117,6 +117,23 @@ def test_ranks_that_share_their_packs_train_the_same_run(
         assert two[1:3] == pytest.approx(one[1:3], rel=1e-4)
 
 
+def test_ranks_that_share_experts_train_the_same_run_and_one_rank_goes_on(
+    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
+    """Killed in the second save, and continued by one rank that holds all experts."""
+    whole, shared = undisturbed("fp32", 3, "loss"), write_run(tmp_path, shards, name="shared", balance="loss")
+    text = shared.read_text().replace("at_end = false", "at_end = true\nevery_steps = 5")
+    shared.write_text(text.replace("steps = 10", "steps = 10\nexpert_parallel_ranks = 2"))
+    assert -9 in finish(start_ranks(2, train, shared, "rank-1-wrote@8"))
+    shared.write_text(text)
+    run_ranks(1, train, shared)
+    assert started_at(shared) == [0, 4]
+    for one, two in zip(learned(whole), learned(shared), strict=True):
+        assert one[3:8] == two[3:8]  # learning rate, targets, positions, documents, padding
+        assert two[1:3] == pytest.approx(one[1:3], rel=1e-4)
+        assert two[8]["largest"] == pytest.approx(one[8]["largest"], rel=0.02)  # rounding may move a token
+
+
 def test_a_run_moves_to_another_number_of_ranks_with_the_same_batches(
     shards: Path, tmp_path: Path, undisturbed: Callable[..., Path]
 ) -> None:

@@ -35,6 +35,7 @@ EXACT: dict[int, list[tuple[int, int, dict[str, Any]]]] = {
         (2, 1, {"stage": 1, "activation_checkpointing": "full", "groups": True}),
         (2, 1, {"stage": 2, "activation_checkpointing": "selective", "experts": "balanced by bias"}),
         (2, 1, {"stage": 1, "precision": "bf16"}),
+        (2, 1, {"stage": 2, "precision": "fp16"}),
         (2, 1, {"stage": 0, "optimizer": "muon"}),
         (2, 1, {"stage": 2, "optimizer": "muon", "offload": "optimizer to cpu", "packs_at_once": 3}),
     ],
