@@ -130,7 +130,7 @@ def _route(offsets_E1: Tensor, num_held: int, num_rows: int, ranks: Ranks) -> Ro
     received_NP = torch.empty_like(counts_NP)
     with ranks.phases("communication"):
         dist.all_to_all_single(received_NP, counts_NP, group=ranks.group)
-        sent, received = torch.stack([counts_NP.sum(1), received_NP.sum(1)]).tolist()
+    sent, received = torch.stack([counts_NP.sum(1), received_NP.sum(1)]).tolist()
     device = offsets_E1.device
     experts_NP = torch.arange(num_held, device=device).expand(ranks.size, num_held)
     experts_R = experts_NP.flatten().repeat_interleave(received_NP.flatten(), output_size=sum(received))

@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 import torch
 
+from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import Settings
 from bigmodel.distributed.world import end_world, start_world
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.experts import Experts
-from bigmodel.training.zero.engine import creation
+from bigmodel.training.zero.engine import Engine, creation
 from bigmodel.training.zero.expert_parallel import ExpertParallel
-from tests.support.engine_worker import launch
-from tests.support.exactness import failures, job_of, with_sequence, with_shared_experts
+from tests.support.engine_worker import launch, micro_batches_of, new_model, num_targets_of, settings_table
+from tests.support.exactness import BALANCED, failures, job_of, with_sequence, with_shared_experts
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(600)  # all jobs run in the first test's set-up
@@ -107,6 +108,36 @@ def share_uneven_loads(_: Path) -> None:
 
 def test_a_layer_is_that_of_one_rank_also_where_an_expert_or_a_rank_gets_no_row(tmp_path: Path) -> None:
     run_ranks(2, share_uneven_loads, tmp_path)
+
+
+def clip_over_all_experts(folder: Path) -> None:
+    """Without ZeRO a rank sees the gradients of its experts only. A huge epsilon makes Adam's update the gradient."""
+    world = start_world(timeout_seconds=60)
+    table = settings_table(
+        folder,
+        0,
+        "fp32",
+        1,
+        experts=BALANCED["balanced by loss"],
+        training={"expert_parallel_ranks": 2},
+        optimizer={"epsilon": 1e4, "weight_decay": 0.0},
+        clipping=0.01,
+    )
+    effective, settings = resolve_deepspeed(Settings.model_validate(table), world.size)
+    engine = Engine(new_model(settings, effective), settings, effective, world)
+    before = {name: engine.whole(name, "weight") for name in engine.trained()}
+    batches = micro_batches_of(0, world.rank, world.size, 1)
+    for batch in batches:
+        engine.micro_batch(batch, num_targets_of(0), batch is batches[-1])
+    assert engine.gradient_norm() > 0.1
+    engine.update(1e6)
+    squares = sum(float((engine.whole(name, "weight") - old).double().square().sum()) for name, old in before.items())
+    assert squares**0.5 == pytest.approx(1e6 * 0.01 / 1e4, rel=3e-5)
+    end_world()
+
+
+def test_without_zero_gradients_are_clipped_by_the_norm_over_all_experts(tmp_path: Path) -> None:
+    run_ranks(2, clip_over_all_experts, tmp_path)
 
 
 def exact_jobs(ranks: int, folder: Path) -> Jobs:
