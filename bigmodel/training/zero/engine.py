@@ -590,11 +590,17 @@ def _made_whole(parameter: Any) -> Iterator[None]:
 
 
 def _share_experts(model: nn.Module, settings: Settings, world: World, phases: Phases) -> ExpertParallel | None:
-    """Keep this rank's experts only, where ranks share them, and mark them as DeepSpeed's own."""
+    """Keep this rank's experts only, where ranks share them, and mark them as DeepSpeed's own. Raises `UserError` where
+    all are frozen: DeepSpeed would see no expert to train."""
     size = settings.training.expert_parallel_ranks
     if size == 1:
         return None
     experts = ExpertParallel(model, size, world.rank, phases)
+    if not any(parameter.requires_grad for parameter in experts.parameters):
+        raise UserError(
+            f"training.freeze = {settings.training.freeze} with training.expert_parallel_ranks = {size}: no expert is "
+            "trained; set expert_parallel_ranks to 1"
+        )
     for parameter in experts.parameters:
         parameter.allreduce, parameter.group_name = False, expert_group(size)
     return experts
@@ -609,7 +615,7 @@ def _mark(model: nn.Module, size: int) -> None:
     class Mark(MoE):
         def __init__(self) -> None:
             nn.Module.__init__(self)
-            self.num_experts = size
+            self.num_experts = size  # for DeepSpeed's own checkpoints, which are not used
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
             groups._create_expert_and_data_parallel(size)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
-from bigmodel.config.settings import Settings
-from bigmodel.distributed.world import end_world, start_world
+from bigmodel.config.settings import Settings, UserError
+from bigmodel.distributed.world import ALONE, end_world, start_world
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.experts import Experts
-from bigmodel.training.zero.engine import Engine, creation
+from bigmodel.training.zero.engine import Engine, creation, forget_groups
 from bigmodel.training.zero.expert_parallel import ExpertParallel
 from tests.support.engine_worker import launch, micro_batches_of, new_model, num_targets_of, settings_table
 from tests.support.exactness import BALANCED, failures, job_of, with_sequence, with_shared_experts
@@ -47,6 +47,8 @@ EXACT: dict[int, list[tuple[int, int, dict[str, Any]]]] = {
         (2, 2, {"stage": 1}),
     ],
 }
+CLIPPED: list[tuple[int, str, dict[str, Any]]] = [(stage, "fp32", {}) for stage in (0, 1, 2)]
+CLIPPED += [(1, "bf16", {}), (2, "fp32", {"offload_optimizer": {"device": "cpu"}})]
 LOADS = ([3, 0, 0, 2], [0, 0, 0, 4])  # rows of each expert on either rank; the first rank's experts get 3, 0
 
 
@@ -110,34 +112,39 @@ def test_a_layer_is_that_of_one_rank_also_where_an_expert_or_a_rank_gets_no_row(
     run_ranks(2, share_uneven_loads, tmp_path)
 
 
-def clip_over_all_experts(folder: Path) -> None:
-    """Without ZeRO a rank sees the gradients of its experts only. A huge epsilon makes Adam's update the gradient."""
+def clip_over_all_experts(tables: list[dict[str, Any]]) -> None:
+    """A rank sees the gradients of its experts only. A huge epsilon makes Adam's update the gradient."""
     world = start_world(timeout_seconds=60)
-    table = settings_table(
-        folder,
-        0,
-        "fp32",
-        1,
-        experts=BALANCED["balanced by loss"],
-        training={"expert_parallel_ranks": 2},
-        optimizer={"epsilon": 1e4, "weight_decay": 0.0},
-        clipping=0.01,
-    )
-    effective, settings = resolve_deepspeed(Settings.model_validate(table), world.size)
-    engine = Engine(new_model(settings, effective), settings, effective, world)
-    before = {name: engine.whole(name, "weight") for name in engine.trained()}
-    batches = micro_batches_of(0, world.rank, world.size, 1)
-    for batch in batches:
-        engine.micro_batch(batch, num_targets_of(0), batch is batches[-1])
-    assert engine.gradient_norm() > 0.1
-    engine.update(1e6)
-    squares = sum(float((engine.whole(name, "weight") - old).double().square().sum()) for name, old in before.items())
-    assert squares**0.5 == pytest.approx(1e6 * 0.01 / 1e4, rel=3e-5)
+    for case, table in zip(CLIPPED, tables, strict=True):
+        forget_groups()
+        effective, settings = resolve_deepspeed(Settings.model_validate(table), world.size)
+        engine = Engine(new_model(settings, effective), settings, effective, world)
+        before = {name: engine.whole(name, "weight") for name in engine.trained()}
+        batches = micro_batches_of(0, world.rank, world.size, 1)
+        for batch in batches:
+            engine.micro_batch(batch, num_targets_of(0), batch is batches[-1])
+        assert engine.gradient_norm() > 0.1
+        engine.update(1e6)
+        moved = [(engine.whole(name, "weight") - old).double().square().sum() for name, old in before.items()]
+        assert float(sum(moved)) ** 0.5 == pytest.approx(1e6 * 0.01 / 1e4, rel=3e-5), case
     end_world()
 
 
-def test_without_zero_gradients_are_clipped_by_the_norm_over_all_experts(tmp_path: Path) -> None:
-    run_ranks(2, clip_over_all_experts, tmp_path)
+def test_gradients_are_clipped_by_the_norm_over_all_experts(tmp_path: Path) -> None:
+    """A norm of one rank's experts would be 2e-4 lower here."""
+    training = {"expert_parallel_ranks": 2}
+    optimizer = {"epsilon": 1e4, "weight_decay": 0.0}
+    more = {"experts": BALANCED["balanced by loss"], "training": training, "optimizer": optimizer, "clipping": 0.01}
+    tables = [settings_table(tmp_path, stage, kind, 1, zero=dict(zero), **more) for stage, kind, zero in CLIPPED]
+    run_ranks(2, clip_over_all_experts, tables, timeout_seconds=240)
+
+
+def test_experts_that_are_all_frozen_are_not_shared(tmp_path: Path) -> None:
+    training = {"expert_parallel_ranks": 2, "freeze": ["blocks.*.feed_forward.experts"]}
+    table = settings_table(tmp_path, 1, "fp32", 1, experts=BALANCED["balanced by loss"], training=training)
+    effective, settings = resolve_deepspeed(Settings.model_validate(table), 2)
+    with pytest.raises(UserError, match=r"training.freeze = .* no expert is trained; set expert_parallel_ranks to 1"):
+        Engine(new_model(settings), settings, effective, ALONE)
 
 
 def exact_jobs(ranks: int, folder: Path) -> Jobs:
