@@ -8,6 +8,7 @@ RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
 TESTS ?=
 SEEDS ?= 1,2,3
 MINUTES ?= 10
+SEED ?= 0
 
 PY := .venv/bin/python
 CONSTRAINTS := configs/constraints.txt
@@ -101,7 +102,7 @@ torture: .venv/installed-dev
 	@$(PY) -m tools.torture
 
 soak: .venv/installed-dev
-	@$(PY) -m tools.soak --minutes $(MINUTES)
+	@$(PY) -m tools.soak --minutes $(MINUTES) --seed $(SEED)
 
 exactness: .venv/installed-dev
 	@$(PY) -m tools.exactness

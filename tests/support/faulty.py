@@ -30,9 +30,9 @@ class Fault:
     stalled: from that step on no document can be read;
     no room: for `steps` steps from that one on no file can become larger than `limit_of` is now, or `room_bytes`.
 
-    spoilt: data steps that are not finite on any rank; spoilt_in: a file with more of them, which may come later,
-    but before these steps. loud_in: the same for steps that are loud. journal: gets the Unix time at which the fault
-    happened."""
+    backward: the gradient of the output is not finite, and the output is. spoilt: data steps whose loss is not finite
+    on any rank; spoilt_in: a file with more of them, which may come later, but before these steps. loud_in: the same
+    for steps that are loud. journal: gets the Unix time at which the fault happened."""
 
     kind: str = ""
     rank: int = 1
@@ -93,12 +93,13 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
             here, now = self.world.rank == fault.rank, self.at >= fault.step
             breaks = fault.kind == BROKEN and here and now and self.left > 0
             ruined = fault.kind == RUINED and now
-            if not module.training or not (poisoned or breaks or ruined or fault.spoils(self.at)):
+            spoilt = fault.spoils(self.at)
+            if not module.training or not (poisoned or breaks or ruined or spoilt):
                 return output
             if breaks or (ruined and here and self.left > 0):
                 self.left -= 1
                 fault.happens()
-            if not fault.backward:
+            if spoilt or not fault.backward:
                 return output * float("nan")
             output.register_hook(lambda gradient: gradient * float("nan"))
             return output
