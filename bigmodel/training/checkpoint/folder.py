@@ -78,6 +78,9 @@ def _checked(raw: bytes, manifest: dict[str, Any]) -> tuple[dict[str, Any], str]
         return {}, "manifest.json has changed since it was written"
     if wrong := [name for name in manifest["files"] if "/" in name or not is_inside(name)]:
         return {}, f"manifest.json names the file {wrong[0]!r}, which is not inside the checkpoint"
+    facts = {"bytes", ALGORITHMS[manifest["format"]]}
+    if wrong := [name for name, recorded in manifest["files"].items() if set(recorded) != facts]:
+        return {}, f"manifest.json has no {ALGORITHMS[manifest['format']]} of {wrong[0]}"
     return manifest, ""
 
 

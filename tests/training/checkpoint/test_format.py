@@ -17,6 +17,7 @@ from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import ALONE, start_world
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
+from bigmodel.training.checkpoint.folder import sealed
 from tests.support.engine_worker import launch, settings_table
 from tests.support.ranks import finish, run_ranks, start_ranks
 from tools.torture import SHAPES, Weights
@@ -254,6 +255,18 @@ def test_a_file_that_the_manifest_does_not_name_is_not_read(two_good: Path, tmp_
     found = checkpoint.newest(folder)
     assert found is not None
     assert torch.equal(checkpoint.read_weights(found)["odd"], Weights(8).state["odd"]["weight"])
+
+
+def test_a_checksum_of_another_kind_is_damage(two_good: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(two_good, tmp_path / "checkpoints")
+    manifest = json.loads((folder / "step-00000008/manifest.json").read_bytes())
+    manifest["files"]["rank-00000.safetensors"] = {"bytes": 8, "crc": "0"}
+    (folder / "step-00000008/manifest.json").write_bytes(sealed(manifest))
+    told: list[str] = []
+    found = checkpoint.newest(folder, report=told.append)
+    assert found is not None
+    assert found.state["step"] == 4
+    assert "manifest.json has no xxh3_128 of rank-00000.safetensors" in told[0]
 
 
 def test_where_no_checkpoint_is_good_the_run_does_not_start_over(two_good: Path, tmp_path: Path) -> None:
