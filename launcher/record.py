@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bigmodel.config.settings import Settings, UserError, load_settings
+from bigmodel.config.user_error import UserError
 from bigmodel.launcher.topology import Topology
 from bigmodel.run_directory import (
     AGAIN,
@@ -25,6 +25,9 @@ from bigmodel.run_directory import (
     take_lock,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from bigmodel.config.settings import Settings
 
 # Causes of `launch_ended`. "lost": the end was not recorded, for example after kill -9 of all processes or a node
 # failure. "hang": written by the watch of a node (bigmodel/metrics/hang_watch.py) or by one of the user. "rewind",
@@ -37,6 +40,8 @@ def run_directory(run: Path) -> Path:
     if run.is_dir():
         return run
     if run.suffix == ".toml":
+        from bigmodel.config.settings import load_settings  # only here: `bigmodel watch` needs no settings
+
         return load_settings(run).run.directory
     raise UserError(f"{run}: neither a run directory nor a run file")
 
@@ -69,7 +74,7 @@ def refuse_second_run(directory: Path) -> None:
         raise UserError(f"run.directory = {directory}: {_used_by(directory)}")
 
 
-def cut_off_seconds(settings: Settings) -> float:
+def cut_off_seconds(settings: "Settings") -> float:
     """How long a rank 0 may live on, and hold the run directory, on a host that was cut off: it waits for its peers."""
     return settings.training.collective_timeout_seconds + 60
 

@@ -32,6 +32,7 @@ from bigmodel.launcher.record import (
     refuse_second_run,
 )
 from bigmodel.launcher.restart import failures_without_progress
+from bigmodel.launcher.squeue import queue_state
 from bigmodel.run_directory import (
     AGAIN,
     EXIT_FAILED,
@@ -295,14 +296,6 @@ def idle_hosts(partition: str) -> list[str]:
             f"slurm.partition = {partition!r}: none of its nodes is idle; see sinfo, or set hosts in the cluster file"
         )
     return hosts
-
-
-def queue_state(job: str) -> str:
-    """The state of a job in squeue, such as "RUNNING" or "PENDING (Resources)"; "" if it is not queued or unknown."""
-    if not job or shutil.which("squeue") is None:
-        return ""
-    answer = _run(["squeue", "-h", "-j", job, "-o", "%T (%r)"], Path.cwd())
-    return answer.stdout.strip().removesuffix("(None)").strip() if answer.returncode == 0 else ""
 
 
 def _options(job: Job) -> list[str]:

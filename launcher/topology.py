@@ -8,7 +8,7 @@ depend on its starter. Pure functions, no I/O.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bigmodel.config.settings import UserError
+from bigmodel.config.user_error import UserError
 
 
 @dataclass(frozen=True, slots=True)

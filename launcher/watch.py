@@ -18,9 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bigmodel.config.settings import UserError
+from bigmodel.config.user_error import UserError
 from bigmodel.launcher.record import Launch, is_held, is_taken, last_metrics, launches, process_start, read_launch
-from bigmodel.launcher.slurm import queue_state
+from bigmodel.launcher.squeue import queue_state
 from bigmodel.run_directory import rank_zero, read_json, read_json_lines, record_event
 from bigmodel.sizes import counted_noun
 

@@ -1,12 +1,12 @@
 """CPU seconds of `bigmodel watch` in a terminal, on a long run that goes on.
 
-    python -m tools.bench_watch_view [--steps 100000] [--seconds 60] [--rounds 10]
+    python -m tools.bench_watch_view [--steps 100000] [--seconds 60] [--rounds 10] [--against CHECKOUT]
                                                                             writes benchmarks/bench_watch_view.json
 
 The run directory has lines as the recorder writes them, 1.1 kB each; a step is added every half second. The view runs
 in a pseudo-terminal of 80 x 24. CPU seconds are the process's own, from its start, by the kernel; those up to its first
-frame (imports, the whole file) stand beside those after it. Before that, in rounds, the reading alone, steps in a row
-at once and line by line in turn: median, least and most.
+frame (imports, the whole file) stand beside those after it. Before that, in rounds, median, least and most: the reading
+alone, steps in a row at once and line by line in turn; the view up to its first frame, in turn with that of CHECKOUT.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--against", type=Path, help="another checkout of this project, measured in turn")
     options = parser.parse_args()
     record = Record(ROOT / "benchmarks", "bench_watch_view", "cpu")
     with scratch_folder() as folder:
@@ -95,15 +97,21 @@ def main() -> None:
         began = make_run(directory, options.steps)
         size = (directory / "metrics.jsonl").stat().st_size
         case = {"case": f"{options.steps} steps, {size / 1e6:.0f} MB"}
-        rounds = [(reading(directory, True), reading(directory, False)) for _ in range(options.rounds)]
-        for contender, found in zip(
-            ("reading, at once", "reading, line by line"), zip(*rounds, strict=True), strict=True
-        ):
+        contenders: dict[str, Callable[[], float]] = {
+            "reading, at once": lambda: reading(directory, True),
+            "reading, line by line": lambda: reading(directory, False),
+            "first frame": lambda: watched(directory, options.steps, began, 0.0, ROOT)[0],
+        }
+        if options.against:
+            before = options.against.resolve()
+            contenders["first frame, before"] = lambda: watched(directory, options.steps, began, 0.0, before)[0]
+        rounds = [[call() for call in contenders.values()] for _ in range(options.rounds)]
+        for contender, found in zip(contenders, zip(*rounds, strict=True), strict=True):
             numbers = {"cpu_seconds": round(statistics.median(found), 3), "rounds": options.rounds}
             record.add(
                 {**case, "contender": contender, **numbers, "least": round(min(found), 3), "most": round(max(found), 3)}
             )
-        first, total = watched(directory, options.steps, began, options.seconds)
+        first, total = watched(directory, options.steps, began, options.seconds, ROOT)
     for contender, seconds in (("start, first frame", first), ("after it", total - first), ("together", total)):
         percent = {"wall_seconds": options.seconds, "percent": round(100 * seconds / options.seconds, 2)}
         record.add({**case, "contender": contender, "cpu_seconds": round(seconds, 3), **percent})
@@ -124,17 +132,18 @@ def reading(directory: Path, at_once: bool) -> float:
     return time.process_time() - began
 
 
-def watched(directory: Path, steps: int, began: float, seconds: float) -> tuple[float, float]:
-    """CPU seconds up to the first frame, and of the whole time."""
+def watched(directory: Path, steps: int, began: float, seconds: float, checkout: Path) -> tuple[float, float]:
+    """CPU seconds up to the first frame, and of the whole time: `seconds`, and no shorter than to the first frame."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     command = [sys.executable, "-m", "bigmodel", "watch", str(directory)]
+    terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
     environment = {**os.environ, "TERM": "xterm-256color"}
-    with subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+    with subprocess.Popen(command, cwd=checkout, env=environment, **terminal) as process:
         os.set_blocking(ours, False)
         until, first, added, last = time.monotonic() + seconds, 0.0, 0, 0.0
-        while time.monotonic() < until:
-            if time.monotonic() - last > 0.5:
+        while time.monotonic() < until or (not first and time.monotonic() < until + 120.0):
+            if seconds and time.monotonic() - last > 0.5:
                 last, added = time.monotonic(), added + 1
                 with open(directory / "metrics.jsonl", "a", encoding="utf-8") as file:
                     file.write(line_of(steps + added, began))

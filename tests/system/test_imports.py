@@ -348,6 +348,15 @@ def test_a_ring_is_seen(tmp_path: Path) -> None:
     assert set(cycle(tmp_path)) == {"bigmodel.plan", "bigmodel.show"}
 
 
+def test_the_view_of_a_run_directory_imports_no_settings() -> None:
+    """Their models take as long to make as all else before the first frame."""
+    code = (
+        "import sys, bigmodel.__main__, bigmodel.inspect.watch, bigmodel.launcher.record, bigmodel.launcher.watch\n"
+        "print(sorted(name for name in sys.modules if 'settings' in name or name == 'pydantic'))"
+    )
+    assert _printed(code) == "[]"
+
+
 def test_what_a_login_node_runs_imports_neither_torch_nor_its_company() -> None:
     code = (
         "import sys, bigmodel.launcher.__main__, bigmodel.config.settings, bigmodel.run_directory\n"
@@ -356,7 +365,11 @@ def test_what_a_login_node_runs_imports_neither_torch_nor_its_company() -> None:
         "import bigmodel.inspect.page.serve\n"
         "print(sorted({'torch', 'deepspeed', 'streaming', 'triton', 'transformers'} & set(sys.modules)))"
     )
+    assert _printed(code) == "[]"
+
+
+def _printed(code: str) -> str:
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True
     )
-    assert answer.stdout.strip() == "[]"
+    return answer.stdout.strip()
