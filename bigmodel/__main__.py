@@ -413,7 +413,7 @@ def evaluate(
 
 @app.command()
 def report(
-    run_directories: Annotated[list[Path], typer.Argument(help="run directories", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="run directories or run files", metavar="RUN...")],
     html: Annotated[
         Path | None, typer.Option(metavar="OUT.html", help="write one page with all plots of RUN...")
     ] = None,
@@ -422,8 +422,11 @@ def report(
     port: Annotated[int, typer.Option(min=0, max=65535, help="port of --serve; 0: a free one")] = 0,
 ) -> None:
     """Draw the loss of a run and its time by cause, in the terminal and as loss.png and time.png; or a page of runs."""
+    from bigmodel.launcher.record import run_directory
+
     if html and serve:
         raise UserError("--html and --serve: one of them writes the page, the other serves it; give one")
+    run_directories = [run_directory(one) if one.suffix == ".toml" else one for one in runs]
     if html:
         from bigmodel.inspect.page.page import write_page
 

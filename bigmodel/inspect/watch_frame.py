@@ -55,7 +55,7 @@ def _table(runs: Sequence[WatchedRun], chosen: int, width: int, room: int) -> li
             f"{'>' if number == chosen else ' '} {name:<{name_width}} ", style="bold" if number == chosen else ""
         )
         line.append(f"{state[:11]:<11} ", style=_style(state))
-        line.append(f"{_steps(run):>15} {_loss(run):>7} {short_number(run.numbers.tokens_per_second):>8} ")
+        line.append(f"{_steps(run):>15} {_loss(run):>7} {_rate(run):>8} ")
         line.append(f"{left:>10} {'' if productive is None else f'{productive:.1%}':>7}")
         lines.append(line)
     return [*lines, Text("")]
@@ -125,6 +125,12 @@ def _loss(run: WatchedRun) -> str:
     return f"{run.step['loss']:.3f}" if run.step else ""
 
 
+def _rate(run: WatchedRun) -> str:
+    """Tokens per second; "": no step of this start yet."""
+    rate = run.numbers.tokens_per_second
+    return short_number(rate) if rate else ""
+
+
 def _progress(run: WatchedRun, width: int) -> Text:
     """A bar, and the time left while the run trains."""
     step, last = run.step["step"], run.num_steps
@@ -148,7 +154,8 @@ def _rates(run: WatchedRun) -> Text:
         best = numbers.best_evaluation
         told = f", best {best:.3f}" if best < evaluation["nats_per_token"] else ""
         parts.append(f"validation {evaluation['nats_per_token']:.3f} at step {evaluation['step']}{told}")
-    parts.append(f"{short_number(numbers.tokens_per_second)} tokens/s")
+    if rate := _rate(run):
+        parts.append(f"{rate} tokens/s")
     share = numbers.utilization(run.step)
     if share is not None:
         parts.append(f"MFU {share:.1%}")

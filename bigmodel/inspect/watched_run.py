@@ -275,7 +275,8 @@ class WatchedRun:
         self._asked = time.monotonic()
         files = ("events.jsonl", "launch.json")
         if not any((self.directory / name).exists() for name in files):
-            self.status = {"state": NEVER}
+            has_lines = bool(self.step or self.numbers.newest)  # copied without its events
+            self.status = {"state": "unknown" if has_lines else NEVER}
             return
         try:
             self.status = self._status(self.directory)

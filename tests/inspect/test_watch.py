@@ -229,6 +229,19 @@ def test_a_run_that_has_not_started_and_one_whose_files_are_damaged_are_shown(tm
     assert "settings.json: damaged" in shown[1]
 
 
+def test_a_run_without_events_is_of_unknown_state_and_has_no_rate_before_its_first_step(
+    recorded: Path, tmp_path: Path
+) -> None:
+    """As a copy of metrics.jsonl alone, cut behind its first start."""
+    text = (recorded / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text.splitlines(keepends=True)[0])
+    run = WatchedRun(tmp_path, running)
+    run.poll()
+    shown = "\n".join(line.plain for line in frame([run, run], 0, 80, 24, True))
+    assert "unknown" in shown
+    assert not re.search("not started| 0 ", shown)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "picture.png").touch()
     with pytest.raises(UserError, match="not a run directory: it has none of metrics"):

@@ -41,9 +41,9 @@ def write_page(directories: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def open_run(directory: Path) -> RunHistory:
-    """Read what is there so far. Raises `UserError` if there is no such folder."""
-    if not Path(directory).is_dir():
+def open_run(directory: Path, waits: bool = False) -> RunHistory:
+    """Read what is there so far. Raises `UserError` if there is no such folder; `waits`: it may come later."""
+    if not Path(directory).is_dir() and (not waits or Path(directory).exists()):
         raise UserError(f"{directory}: no such folder; give the run.directory of a training run")
     run = RunHistory(directory)
     run.update()

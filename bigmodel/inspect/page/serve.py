@@ -1,8 +1,8 @@
 """`bigmodel report RUN [RUN ...] --serve`: the page on 127.0.0.1, which renews itself while the runs go on.
 
-In: run directories. Out: HTTP: `/` is the page, `/data.json` its data with an ETag. Guarantees: only what was appended
-to metrics.jsonl is read again; data are made at most once per change, however many pages are open. Costs: a tenth of a
-core at most, because the next reading waits ten times as long as the last one took.
+In: run directories, which need not exist yet. Out: HTTP: `/` is the page, `/data.json` its data with an ETag.
+Guarantees: only what was appended to metrics.jsonl is read again; data are made at most once per change, however many
+pages are open. Costs: a tenth of a core at most, because the next reading waits ten times as long as the last one took.
 """
 
 import gzip
@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl, urlsplit
 from bigmodel.config.settings import UserError
 from bigmodel.inspect.page.drawing import Range
 from bigmodel.inspect.page.page import content, open_run, page
+from bigmodel.printed import one_line
 
 ASK_SECONDS = 5.0  # between two questions of an open page
 REST = 10.0  # times the last reading's seconds, until the next one
@@ -29,7 +30,7 @@ class LiveData:
     """The page's data of runs that go on. `latest` may be called by several threads."""
 
     def __init__(self, directories: Sequence[Path]) -> None:
-        self._runs = [open_run(directory) for directory in directories]
+        self._runs = [open_run(directory, waits=True) for directory in directories]
         self._lock = threading.Lock()
         self._data: dict[str, Any] = {}
         self._tag, self._next_reading = "", 0.0
@@ -71,8 +72,11 @@ def make_server(directories: Sequence[Path], host: str, port: int) -> ThreadingH
 
 
 def serve(directories: Sequence[Path], host: str, port: int) -> None:
-    """Serve until Ctrl-C."""
+    """Serve until Ctrl-C. A run that has not started is waited for."""
     server = make_server(directories, host, port)
+    for directory in directories:
+        if not (directory / "metrics.jsonl").exists():
+            print(f"{one_line(directory)}: not started yet; the page shows it as soon as it begins", flush=True)
     shown = f"[{host}]" if ":" in host else host
     print(f"report on http://{shown}:{server.server_address[1]}/ until Ctrl-C", flush=True)
     try:

@@ -59,7 +59,7 @@ def _facts(run: RunHistory) -> dict[str, str]:
         "parameters": f"{start['parameters']:,}" if start.get("parameters") else "",
         "ranks": f"{start['world_size']:,}" if start else "",
         "wall time": _duration(wall),
-        "productive": f"{run.seconds['productive'] / wall:.1%}" if wall else "",
+        "goodput": f"{run.seconds['productive'] / wall:.1%}" if wall else "",
         "restarts": str(max(0, len(run.starts()) - 1)),
         "checkpoints": f"{len(run.others.get('checkpoint', []))}{_size_of_last(run)}",
         "last line": _moment(run.others.get("end", [{}])[-1].get("time") or _last(run.column("time"))),

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from http.client import HTTPConnection
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -430,19 +431,36 @@ def test_live_data_follow_the_run(tmp_path: Path) -> None:
     assert [blocks(data)["numbers"]["rows"][0][1] for data in (before, after)] == ["12", "13"]
 
 
+def test_a_page_is_served_of_a_run_that_has_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", lambda server: None)
+    (tmp_path / "my.toml").write_text(f'[run]\ndirectory = "{tmp_path}/new"\n[data]\ndirectory = "data"\n')
+    answer = CliRunner().invoke(app, ["report", str(tmp_path / "my.toml"), "--serve"], catch_exceptions=False)
+    assert f"{tmp_path}/new: not started yet; the page shows it as soon as it begins" in answer.output
+    live = LiveData([tmp_path / "new"])
+    live.rest = 0.0
+    before, _ = live.latest()
+    assert blocks(before)["numbers"]["rows"][0] == ["steps", "none yet"]
+    write(tmp_path / "new", killed_and_resumed())
+    after, _ = live.latest()
+    assert blocks(after)["numbers"]["rows"][0] == ["steps", "12"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["RUN", "--html", "/proc/nothing/page.html"], "--html /proc/nothing/page.html: cannot be written"),
         (["RUN/none", "--html", "page.html"], "none: no such folder; give the run.directory of a training run"),
         (["RUN", "RUN", "--html", "page.html", "--serve"], "--html and --serve: one of them writes the page"),
+        (["FILE", "--serve"], "page.html: no such folder; give the run.directory of a training run"),
         (["RUN", "RUN"], "2 runs without --html or --serve; give one"),
         (["EMPTY", "--html", "page.html"], "metrics.jsonl has no step yet; name a run directory"),
     ],
 )
 def test_bad_input_is_named(tmp_path: Path, words: list[str], message: str) -> None:
     places = {"RUN": str(write(tmp_path / "run", killed_and_resumed())), "EMPTY": str(tmp_path)}
-    given = [re.sub("RUN|EMPTY", lambda found: places[found[0]], word) for word in words]
+    places["FILE"] = str(tmp_path / "page.html")
+    (tmp_path / "page.html").touch()
+    given = [re.sub("RUN|EMPTY|FILE", lambda found: places[found[0]], word) for word in words]
     with pytest.raises(UserError, match=re.escape(message)):
         CliRunner().invoke(app, ["report", *given], standalone_mode=False, catch_exceptions=False)
 
