@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bigmodel.planning.part import Part, Row
 from bigmodel.planning.step_time import StepTime
-from bigmodel.sizes import duration
+from bigmodel.sizes import amount, short_duration
 
 if TYPE_CHECKING:
     from bigmodel.planning.context import Context
@@ -21,7 +21,8 @@ WHOLE_NODE = 10.2 / 5.6
 def cost_part(context: "Context", found: StepTime, reliability: Part) -> Part:
     hardware, training = found.hardware, context.settings.training
     goodput = float(reliability.numbers["goodput_ratio"])
-    budget = Row("tokens", f"{found.run_tokens:,}", f"{training.steps:,} steps, the batch ramp counted")
+    ramped = ", the batch ramp counted" if training.batch_ramp else ""
+    budget = Row("tokens", f"{found.run_tokens:,}", f"{training.steps:,} steps{ramped}")
     if not goodput:
         reason = "failures come faster than checkpoints are saved: save more often, or use fewer GPUs"
         return Part("cost", [budget, Row("time", "no end", reason)], {"tokens": found.run_tokens, "seconds": None})
@@ -32,11 +33,11 @@ def cost_part(context: "Context", found: StepTime, reliability: Part) -> Part:
         budget,
         Row(
             "without interruption",
-            duration(found.run_seconds),
-            f"of it {duration(found.evaluation_seconds)} evaluation",
+            short_duration(found.run_seconds),
+            f"of it {short_duration(found.evaluation_seconds)} evaluation",
         ),
-        Row("time", f"{seconds / 86400:,.2f} days", f"goodput {goodput:.1%}"),
-        Row("GPU hours", f"{gpu_hours:,.0f}", f"{context.ranks:,} GPUs"),
+        Row("time", f"{amount(seconds / 86400)} days", f"goodput {goodput:.1%}"),
+        Row("GPU hours", f"{gpu_hours:,.0f}" if gpu_hours >= 100 else amount(gpu_hours), f"{context.ranks:,} GPUs"),
         _money(gpu_hours, hardware.price_per_hour),
         Row("energy of the GPUs", f"{joules / JOULES_PER_MWH:,.3g} MWh", f"{hardware.watts:,.0f} W each, all the time"),
         Row(

@@ -2,9 +2,10 @@
 
 In: a `Context`, seconds of a step. Out: rows of the plan. Imports no torch.
 
-Prepared data: the passes of each source follow from the manifest, the mix, `data.max_epochs` and the curriculum;
-packing from the first packing buffer of lane 0, planned as the run plans it. Not prepared: sizes of the files that are
-on this machine, and what the run reads. Costs: seconds at most; a fraction of one without data.
+Prepared data: the passes of each source follow from the manifest, the mix, `data.max_epochs`, `data.exclude` and the
+curriculum, those of resampled classes also from their documents and mean lengths in the first shards; packing from the
+first packing buffer of lane 0, planned as the run plans it. Not prepared: sizes of the files that are on this machine,
+and what the run reads. Costs: seconds at most; a fraction of one without data.
 
 Example: sources of 30 and 10 million tokens, each with half of the mix, give 40 million: 0.67 and 2 passes.
 """
@@ -13,14 +14,17 @@ import glob
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from bigmodel.config.settings import DataSettings, Settings, SourceSettings, UserError, packs_at, positions_before
+from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Examples
+from bigmodel.data.plan.classes import ClassNumbering, class_shares, counts_by_class
+from bigmodel.data.plan.exclusion import Excluded, without
 from bigmodel.data.plan.mixing import Stage, stages
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.planned import PackTable
@@ -168,26 +172,31 @@ def _prepared(settings: Settings, manifest: Manifest, packs: int) -> tuple[list[
     try:
         packed: Packed | None = packed_sample(settings)
         whole = whole_share(data, manifest)
+        tokens = held_tokens(data)
     except (UserError, FileNotFoundError):
         if not data.remote:
             raise
         packed, whole = None, 0.0  # the lengths are in the store
+        tokens = {name: sum(one[1] for one in manifest.shards[name]["train"]) for name in manifest.sources}
     wanted = packs * (packed.tokens if packed else read_tokens_per_pack(data))
-    sources = _sources(data, manifest, wanted)
-    given, tokens = sum(source.given for source in sources), sum(source.tokens for source in sources)
-    rows = [_budget_row(settings, wanted), Row("tokens prepared", count(tokens), f"in {data.directory}, one pass")]
+    sources = _sources(data, tokens, wanted)
+    given, available = sum(source.given for source in sources), sum(source.tokens for source in sources)
+    where = f"in {data.directory}, one pass" + (", data.exclude left out" if data.exclude else "")
+    rows = [_budget_row(settings, wanted), Row("tokens prepared", count(available), where)]
     for source in sources:
         share, passes = source.given / max(1.0, given), f"{source.passes:,.2f} passes"
         note = f"{share:.1%} of what is read, {count(source.tokens)} in a pass"
         if source.passes > USEFUL_PASSES:
             note += f"; more than {USEFUL_PASSES} are worth little (Muennighoff et al. 2023)"
         rows.append(Row(f"source {source.name}", passes, note))
+        if data.resamples_classes and packed:
+            rows += _class_rows(data, source)
     if given < 0.999 * wanted:
         step = int(settings.training.steps * given / wanted)
         rows.append(Row("data end", f"step {step:,}", f"data.max_epochs leaves {count(wanted - given)} too few"))
     numbers: dict[str, Any] = {
         "read_tokens": wanted,
-        "available_tokens": tokens,
+        "available_tokens": available,
         "sources": {one.name: {"tokens": one.tokens, "passes": one.passes} for one in sources},
         "missing_tokens": max(0.0, wanted - given),
     }
@@ -205,9 +214,40 @@ def _prepared(settings: Settings, manifest: Manifest, packs: int) -> tuple[list[
     return rows, numbers | {"filled_share": packed.filled, "source_filled_share": packed.source_filled}
 
 
-def _sources(data: DataSettings, manifest: Manifest, wanted: float) -> list[Source]:
-    """Those of the mix with their tokens, and what they give."""
-    tokens = {name: sum(one[1] for one in manifest.shards[name]["train"]) for name in manifest.sources}
+def held_tokens(data: DataSettings) -> dict[str, int]:
+    """Of each source in one pass, without data.exclude. Raises `UserError` for a list of other data."""
+    store, excluded = ShardStore(data.directory, "train"), Excluded.read(data.exclude)
+    excluded.check(store)
+    lengths = without(store, excluded)
+    return {name: int(lengths.shard_sizes(name)[:, 1].sum()) for name in store.sources}
+
+
+def class_passes(data: DataSettings, source: Source) -> dict[str, tuple[float, float, int]]:
+    """Of a source with resampled classes, by class: its share of the documents, its passes, its documents."""
+    store = ShardStore(data.directory, "train")
+    counts = counts_by_class(store, source.name, data.classes)
+    shares, numbering = class_shares(data, counts, source.name), ClassNumbering(store, data.classes)
+    sums = np.zeros((2, len(counts)))  # documents and tokens of each class
+    for shard in range(min(SAMPLED_SHARDS, store.num_shards(source.name))):
+        numbers, tokens = numbering.of_shard(source.name, shard), num_tokens(store.lengths(source.name, shard))
+        sums += [np.bincount(numbers, weights, len(counts)) for weights in (np.ones_like(tokens), tokens)]
+    means = sums[1] / np.maximum(sums[0], 1)
+    documents = source.given / sum(share * means[number] for number, share in shares.items())
+    return {
+        data.classes[number]: (share, share * documents / counts[number], counts[number])
+        for number, share in shares.items()
+    }
+
+
+def _class_rows(data: DataSettings, source: Source) -> list[Row]:
+    return [
+        Row(f"class {name}", f"{passes:,.2f} passes", f"{share:.1%} of its documents; {documents:,} in a pass")
+        for name, (share, passes, documents) in class_passes(data, source).items()
+    ]
+
+
+def _sources(data: DataSettings, tokens: Mapping[str, int], wanted: float) -> list[Source]:
+    """Those of the mix with their tokens in one pass, and what they give."""
     named = {*data.mix, *(name for stage in data.curriculum for name in stage.mix)} if data.mix else {*tokens}
     names = [name for name, number in tokens.items() if number and name in named]
     mixes = stages(data.model_copy(update={"lanes": 1}), names, [tokens[name] for name in names])

@@ -115,17 +115,18 @@ def unit_of(number: float) -> tuple[str, int]:
     return ("GiB", GIB) if number >= GIB else ("MiB", GIB // 1024)
 
 
-def headline(context: Context) -> str:
-    """What is planned, in a line: size, vocabulary, precision, optimizer, ranks, micro-batches."""
+def headlines(context: Context) -> tuple[str, str]:
+    """What is planned, in lines of less than 80 columns: the model, and how it is trained."""
     settings = context.settings
     parameters = parameters_of(settings, context.vocabulary)
     numel = sum(one.numel for one in parameters)
     trained = sum(one.numel for one in parameters if one.is_trained)
     of_them = f" ({trained:,} trained)" if trained < numel else ""
+    size = f"{packs_per_micro_batch(context.effective)} x {settings.data.sequence_length:,} tokens"
     return (
-        f"{numel:,} parameters{of_them}, vocabulary {context.vocabulary:,}, {settings.training.precision}, "
-        f"{settings.optimizer.kind}, {counted_noun(context.ranks, 'rank')}, micro-batches of "
-        f"{packs_per_micro_batch(context.effective)} x {settings.data.sequence_length:,} tokens"
+        f"{numel:,} parameters{of_them}, vocabulary {context.vocabulary:,}",
+        f"{settings.training.precision}, {settings.optimizer.kind}, {counted_noun(context.ranks, 'rank')}, "
+        f"micro-batches of {size}",
     )
 
 

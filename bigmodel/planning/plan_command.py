@@ -17,12 +17,12 @@ from bigmodel.planning.changes import Choice, choice_of, search
 from bigmodel.planning.context import Context, cluster_of_ranks
 from bigmodel.planning.cost import cost_part
 from bigmodel.planning.data_needs import data_part
-from bigmodel.planning.fit import Fit, fit_of
-from bigmodel.planning.memory import GIB, headline, memory_of, memory_part, stages_of
+from bigmodel.planning.fit import MARGIN, Fit, fit_of, is_tight
+from bigmodel.planning.memory import GIB, headlines, memory_of, memory_part, stages_of
 from bigmodel.planning.memory_table import memory_table
 from bigmodel.planning.part import Part
 from bigmodel.planning.plan_picture import draw_plan
-from bigmodel.planning.plan_table import found_table, parts_table
+from bigmodel.planning.plan_table import TIGHT, found_table, parts_table
 from bigmodel.planning.reliability import reliability_part
 from bigmodel.planning.scaling import Law, read_law, scaling_part
 from bigmodel.planning.show_memory import console
@@ -58,10 +58,10 @@ def plan(context: Context, measured: Sequence[Path], law: Path | None, output: O
     fits. Raises `UserError`."""
     rates = calibrated(measured, context.cluster) if measured else None
     planned = planned_of(context, rates, read_law(law) if law else None, output.search)
-    if output.png:  # first: a reader may close the pipe
+    if output.png:
         draw_plan(output.png, planned.by_stage, planned.fit.limit, planned.step, planned.parts)
     if output.as_json:
-        print(json.dumps(numbers_of(planned), indent=2))
+        console().print(json.dumps(numbers_of(planned), indent=2), soft_wrap=True)
     else:
         print_plan(planned, output)
     return planned.fit.fits is not False
@@ -90,7 +90,8 @@ def print_plan(planned: Planned, output: Output) -> None:
     context, out, own = planned.context, console(), choice_of(planned.context)
     assumed = "" if context.cluster.hardware.gpu else ", assumed: [hardware] gpu is not set"
     out.print(planned.fit.words(own, planned.step.hardware.name + assumed), soft_wrap=True)
-    out.print(headline(context), soft_wrap=True)
+    for line in headlines(context):
+        out.print(line, soft_wrap=True)
     out.print(memory_table(planned.by_stage, planned.fit.limit))
     out.print(parts_table([part for name, part in planned.parts.items() if name != "memory"]))
     if planned.found:
@@ -100,6 +101,8 @@ def print_plan(planned: Planned, output: Output) -> None:
             f"The fastest {number} of {len(planned.found)} settings that fit{offloaded}; days without failures:\n"
         )
         out.print(found_table(planned.found[:number], own, planned.fit.limit))
+        if any(is_tight(size, planned.fit.limit) for _, size, _ in planned.found[:number]):
+            out.print(f"{TIGHT} less than {MARGIN:.0%} of the GPU to spare: try it first, or take the next")
     elif output.search:
         out.print("No settings fit; more GPUs, a smaller model or shorter packed sequences would help.")
     if output.png:
@@ -112,7 +115,12 @@ def numbers_of(planned: Planned) -> dict[str, Any]:
     run = {"ranks": context.ranks, "nodes": context.cluster.nodes, "vocabulary": context.vocabulary}
     found = [
         choice._asdict()
-        | {"device_bytes": size, "step_seconds": step.seconds, "tokens_per_second": step.tokens_per_second}
+        | {
+            "device_bytes": size,
+            "is_tight": is_tight(size, planned.fit.limit),
+            "step_seconds": step.seconds,
+            "tokens_per_second": step.tokens_per_second,
+        }
         for choice, size, step in planned.found
     ]
     return (

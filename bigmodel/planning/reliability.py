@@ -12,7 +12,7 @@ from bigmodel.planning.hardware import GB, GPU_HOURS_BETWEEN_FAILURES
 from bigmodel.planning.part import Part, Row
 from bigmodel.planning.save_interval import best_interval_seconds, expected_ratio
 from bigmodel.planning.step_time import StepTime
-from bigmodel.sizes import byte_size, duration
+from bigmodel.sizes import byte_size, short_duration
 
 if TYPE_CHECKING:
     from bigmodel.planning.context import Context
@@ -33,7 +33,7 @@ def reliability_part(context: "Context", found: StepTime) -> Part:
         Row("a checkpoint", byte_size(numbers["checkpoint_bytes"]), "fp32: weights, optimizer's states, average"),
         Row(
             "written in",
-            duration(numbers["write_seconds"]),
+            short_duration(numbers["write_seconds"]),
             f"{found.hardware.storage_rate / GB:,.3g} GB/s, all nodes; {saving.keep} kept: "
             f"{byte_size(saving.keep * numbers['checkpoint_bytes'])}",
         ),
@@ -42,13 +42,13 @@ def reliability_part(context: "Context", found: StepTime) -> Part:
             f"{numbers['pause_seconds']:.2g} s",
             f"copied to the host at {COPY_RATE / GB:.0f} GB/s" if saving.asynchronous else "asynchronous = false",
         ),
-        Row("a failure every", duration(mean), _source(context, found)),
+        Row("a failure every", short_duration(mean), _source(context, found)),
         Row("failures in the run", "no end" if numbers["failures"] is None else f"{numbers['failures']:,.3g}"),
-        Row("time between saves", duration(every), _chosen(chosen, context)),
-        Row("best time between saves", duration(numbers["best_interval_seconds"]), "Daly 2006, eq. 37"),
+        Row("time between saves", short_duration(every), _chosen(chosen, context)),
+        Row("best time between saves", short_duration(numbers["best_interval_seconds"]), "Daly 2006, eq. 37"),
         Row(
             "from a failure to a step",
-            duration(numbers["recovery_seconds"]),
+            short_duration(numbers["recovery_seconds"]),
             "detection, start, reading; a node is free",
         ),
         Row(

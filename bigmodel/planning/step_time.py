@@ -24,7 +24,7 @@ from bigmodel.planning.hardware import GB, TERA, Hardware, hardware_of
 from bigmodel.planning.part import Part, Row
 from bigmodel.planning.state_memory import is_offloaded
 from bigmodel.planning.step_demand import BACKWARD_OF_ATTENTION, MOVED_AGAIN, Demand, ramp_of, step_demand
-from bigmodel.sizes import byte_size, duration
+from bigmodel.sizes import byte_size, short_duration
 
 if TYPE_CHECKING:
     from bigmodel.planning.context import Context
@@ -159,7 +159,7 @@ def time_part(context: "Context", found: StepTime) -> Part:
     """Rows: the step, its phases, what each rank sends, the assumptions."""
     demand, rates = found.demand, found.rates
     rows = [
-        Row("a step", _seconds(found.seconds), f"{demand.packs:,} packed sequences, {found.tokens:,} tokens"),
+        Row("a step", short_duration(found.seconds), f"{demand.packs:,} packed sequences, {found.tokens:,} tokens"),
         Row(
             "tokens per second",
             f"{found.tokens_per_second:,.0f}",
@@ -171,7 +171,7 @@ def time_part(context: "Context", found: StepTime) -> Part:
     for name, seconds in sorted(found.phases.items(), key=lambda one: -one[1]):
         sent = found.sent_bytes.get(name)
         note = f"{seconds / found.seconds:.1%}" + (f"; a rank sends {byte_size(sent)}" if sent else "")
-        rows.append(Row(f"  {name.replace('_', '-')}", _seconds(seconds), note))
+        rows.append(Row(f"  {name.replace('_', '-')}", short_duration(seconds), note))
     assumed = assumptions(context, found)
     numbers: dict[str, Any] = {
         "step_seconds": found.seconds,
@@ -235,7 +235,3 @@ def not_counted(context: "Context") -> list[str]:
         "gathers of offloaded weights": is_offloaded(zero, "offload_param"),
     }
     return [name for name, is_there in causes.items() if is_there]
-
-
-def _seconds(seconds: float) -> str:
-    return f"{1000 * seconds:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s" if seconds < 90 else duration(seconds)

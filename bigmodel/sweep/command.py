@@ -71,6 +71,9 @@ def numbers_of(option: str, text: str, whole: bool = False) -> list[float]:
 def sweep(options: Options) -> int:
     """The exit code: 0, or 3 after Ctrl-C or SIGTERM. Raises `UserError`."""
     settings = load_settings(options.run_file, list(options.override))
+    found = next((one for one in (options.out, *options.out.parents) if one.exists()), Path())
+    if not found.is_dir():  # of a dry run too: the next one will write
+        raise UserError(f"--out {options.out}: {found} is a file; choose another folder")
     vocabulary = vocabulary_of(settings)
     target = target_of(settings, vocabulary)
     rungs = ladder(settings, vocabulary, options.widths, options.ratios, options.rates, options.fixed_depth)

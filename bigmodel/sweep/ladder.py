@@ -24,6 +24,8 @@ from bigmodel.config.schedule_settings import COUNTED
 from bigmodel.config.settings import ModelSettings, Settings, UserError
 from bigmodel.planning.scaling import size_of
 
+MOST_STEPS = 10**9  # of a rung: a small run takes far fewer
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -101,7 +103,13 @@ def rung_of(settings: Settings, model: ModelSettings, vocabulary: int, ratio: fl
     smaller = settings.model_copy(update={"model": model})
     parameters, _ = size_of(smaller, vocabulary)
     per_step = settings.training.global_batch_size * settings.data.sequence_length
-    steps = max(1, round(ratio * parameters / per_step))
+    wanted = ratio * parameters / per_step
+    if wanted > MOST_STEPS:
+        raise UserError(
+            f"--tokens-per-parameter {ratio:g}: {wanted:.2g} steps of width {model.hidden_size}; a rung has at most "
+            f"{MOST_STEPS:,}: give fewer tokens"
+        )
+    steps = max(1, round(wanted))
     of_model = {name: getattr(model, name) for name in SIZES}
     schedule, share = settings.schedule, steps / settings.training.steps
     lengths = {

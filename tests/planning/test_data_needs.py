@@ -29,7 +29,12 @@ from bigmodel.planning.part import Part
 from tests.support.tiny_corpus import text
 
 REPOSITORY = Path(__file__).parents[2]
+KINDS = ("even", "odd")
 CLUSTER = Cluster(nodes=2, gpus_per_node=1)
+
+
+def is_odd(number: int) -> bool:
+    return number % 10 == 1
 
 
 class Speed(NamedTuple):
@@ -80,6 +85,50 @@ def test_passes_are_those_of_the_run_s_order(shards: Path, data: dict[str, Any])
     for name, expected in passes.items():
         assert part.numbers["sources"][name]["passes"] == pytest.approx(expected, rel=0.05)
     assert min(passes.values()) > 0.5
+
+
+def test_excluded_documents_are_not_counted(shards: Path, tmp_path: Path) -> None:
+    store = ShardStore(shards, "train")
+    first, *_ = store.sources
+    rows = range(0, len(store.lengths(first, 0)), 2)
+    lines = [json.dumps({"source": first, "shard": 0, "row": row}) for row in rows]
+    (tmp_path / "excluded").write_text("\n".join(lines))
+    whole, part = plan(settings_of(shards)), plan(settings_of(shards, exclude=str(tmp_path / "excluded")))
+    gone = int((store.lengths(first, 0)[list(rows)].astype(int) - 1).sum())
+    assert whole.numbers["available_tokens"] - part.numbers["available_tokens"] == gone > 0
+    assert part.numbers["sources"][first]["tokens"] == whole.numbers["sources"][first]["tokens"] - gone
+
+
+def test_classes_have_passes_of_their_own(tmp_path: Path) -> None:
+    """12 short odd documents get three quarters of the draws beside 108 even ones; the order counts the passes."""
+    lines = [
+        {"text": text(number)[: 60 if is_odd(number) else 200], "kind": KINDS[is_odd(number)]} for number in range(120)
+    ]
+    (tmp_path / "mail.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = {"name": "mail", "files": [str(tmp_path / "mail.jsonl")], "label_column": "kind"}
+    table = {
+        "prepare": {"sources": [source], "vocabulary": 300, "workers": 1},
+        "data": {"directory": str(tmp_path / "data"), "max_document_length": 64, "sequence_length": 128, "lanes": 1},
+        "model": {"kind": "encoder"},
+        "classification": {"classes": [*KINDS]},
+        "training": {"steps": 30, "global_batch_size": 2},
+    }
+    table["data"] |= {"class_mix": {"even": 1.0, "odd": 3.0}, "packing_buffer": 4}
+    settings = Settings.model_validate(table)
+    prepare(settings, quiet())
+    rows = {row.name: row for row in plan(settings).rows}
+    store = ShardStore.of_run(settings.data, "train")
+    order = Order.of_run(store, settings)
+    drawn = [chunk.row for _ in range(settings.training.steps) for pack in order.next_step() for chunk in pack]
+    labels, found = store.labels("mail", 0)
+    for number, label in enumerate(found):
+        name, documents = store.decode(label), int((labels == number).sum())
+        passes = float((labels[drawn] == number).sum() / documents)
+        assert float(rows[f"class {name}"].value.removesuffix(" passes")) == pytest.approx(passes, rel=0.1)
+        assert (
+            rows[f"class {name}"].note
+            == f"{'75' if name == 'odd' else '25'}.0% of its documents; {documents} in a pass"
+        )
 
 
 def test_packing_is_that_of_the_run(shards: Path) -> None:

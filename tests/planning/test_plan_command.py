@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,10 +59,14 @@ def test_the_first_line_says_that_it_fits_and_the_parts_follow(
     png = tmp_path / "plan.png"
     assert plan(EIGHT_BILLION, "--cluster", cluster, "--png", str(png)) == 0
     printed = capsys.readouterr().out
-    first, second, *_ = printed.splitlines()
+    first, *lines = printed.splitlines()
     assert first.startswith("fits: ")
     assert first.endswith("GiB (H100 SXM)")
-    assert "8,030,261,248 parameters, vocabulary 128,256" in second
+    assert lines[:2] == [
+        "8,030,261,248 parameters, vocabulary 128,256",
+        "bf16, adamw, 64 ranks, micro-batches of 1 x 8,192 tokens",
+    ]
+    assert "240,000 steps, the batch ramp counted" in printed
     for title in ("Time", "Saves and failures", "Cost", "Data", "Scaling law"):
         assert f"\n  {title} " in printed, title
     assert "assumed: [hardware] gpu" not in printed
@@ -151,6 +156,19 @@ def test_it_runs_where_torch_cannot_be_imported(cluster: str) -> None:
     assert "settings that fit; days without failures:" in done.stdout
 
 
+def test_a_reader_that_has_gone_changes_no_exit_code(cluster: str) -> None:
+    """As `plan | head -1`: the exit code says whether the run fits."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "bigmodel", "plan", EIGHT_BILLION, "--cluster", cluster]
+    for more, code in ([], 0), (["--json"], 0), (["--set", "training.activation_checkpointing=none"], 1):
+        done = subprocess.run(
+            [*words, *more], cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, timeout=120, check=False
+        )
+        assert (done.returncode, done.stderr) == (code, b""), more
+    os.close(writer)
+
+
 def test_the_found_settings_fit_80_columns(cluster: str) -> None:
     """With the largest numbers of a real plan; no heading or value is cut."""
     planned = planned_of(context_of(load_settings(EIGHT_BILLION), cluster_of(Path(cluster), 0)), is_searched=True)
@@ -159,6 +177,21 @@ def test_the_found_settings_fit_80_columns(cluster: str) -> None:
     lines = wide.file.getvalue().splitlines()
     assert any("selective" in line for line in lines)
     assert max(len(line.rstrip()) for line in lines) <= 80
+
+
+def test_what_hardly_fits_is_marked(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(EIGHT_BILLION, "--cluster", cluster, "--search") == 0
+    marked = [line for line in capsys.readouterr().out.splitlines() if "*" in line]
+    assert any("79.09*" in line for line in marked)
+    assert marked[-1] == "* less than 2% of the GPU to spare: try it first, or take the next"
+
+
+def test_the_times_of_a_toy_have_digits(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(str(write_run(tmp_path, shards)))
+    printed = capsys.readouterr().out
+    assert "µs" in printed
+    assert " 0.0 ms" not in printed
+    assert "the batch ramp" not in printed
 
 
 def test_the_page_shows_what_the_command_prints_today() -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def test_what_is_finished_makes_the_law_and_the_prediction(
     assert table["prediction"]["loss"] < 4.4
     assert table["prediction"]["interval"] is None
     assert "no interval: the law has as many numbers as there are runs" in capfd.readouterr().out
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_before_anything_runs(options: Callable[..., Options]) -> None:
+    given = options([16], only_print=True)
+    given.out.write_text("")
+    for out in given.out, given.out / "sweep":
+        with pytest.raises(UserError, match=r"--out .*: .*out is a file; choose another folder"):
+            sweep(replace(given, out=out))
 
 
 def test_a_targets_loss_is_compared_with_the_prediction(options: Callable[..., Options]) -> None:

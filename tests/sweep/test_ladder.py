@@ -47,6 +47,11 @@ def test_each_rung_has_the_targets_tokens_per_parameter_and_shares_of_the_schedu
     assert target.compute > 8 * rungs[-1].compute
 
 
+def test_a_rung_without_an_end_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--tokens-per-parameter 1e\+300: .* steps of width 64; a rung has at most"):
+        ladder(settings_with(), 1024, [64], [1e300])
+
+
 def test_the_overrides_of_a_rung_are_its_sizes(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
