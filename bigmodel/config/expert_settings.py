@@ -37,6 +37,15 @@ class ExpertSettings(Section):
         True,
         description="the weights of a token's experts add up to 1 (Mixtral, Qwen3); false: they are the scores (OLMoE)",
     )
+    groups: int = Field(
+        1, ge=1, description="of equal numbers of neighbouring experts; a token passes experts of its best groups only"
+    )
+    groups_per_token: int = Field(
+        1,
+        ge=1,
+        description="groups of a token: those with the largest sums of their two best scores, with the bias "
+        "(DeepSeek-V3: 4 of 8)",
+    )
     route_scale: float = Field(1.0, gt=0, description="factor of the weights (DeepSeek-V3: 2.5)")
     balance: Literal["loss", "bias", "none"] = Field(
         "loss",
@@ -66,6 +75,27 @@ class ExpertSettings(Section):
         if self.per_token > self.count:
             raise ValueError(
                 f"model.experts.per_token = {self.per_token} exceeds model.experts.count = {self.count}; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _its_groups_have_them(self) -> "ExpertSettings":
+        groups = f"model.experts.groups = {self.groups}"
+        if self.groups_per_token > self.groups:
+            raise ValueError(
+                f"model.experts.groups_per_token = {self.groups_per_token} exceeds {groups}; lower it, or set groups"
+            )
+        if self.groups == 1:
+            return self
+        if self.count % self.groups or self.count < 2 * self.groups:
+            raise ValueError(
+                f"{groups} with model.experts.count = {self.count}: groups have equally many experts, two at least; "
+                "choose another divisor"
+            )
+        if self.per_token > (there := self.groups_per_token * self.count // self.groups):
+            raise ValueError(
+                f"model.experts.groups_per_token = {self.groups_per_token} of {groups} have {there} experts, and "
+                f"model.experts.per_token = {self.per_token}; raise groups_per_token"
             )
         return self
 

@@ -3,7 +3,8 @@
 In: states (T, H). Out: of each token the sum of its k experts' outputs times their weights, plus the shared experts'.
 
     logits_TE = x W, in fp32        scores_TE: softmax or sigmoid of the logits
-    experts of a token: the k largest scores + bias_E; their weights: scores, without the bias, normalised if asked for
+    experts of a token: the k largest scores + bias_E, of its groups only; their weights: scores, without the bias,
+    normalised if asked for
     permute: rows by expert -> grouped gate and up -> activation -> grouped down -> unpermute: weighted, added
 
 Guarantees: no token is dropped, so that a token's output depends on its own state only; padding passes no expert and
@@ -21,6 +22,7 @@ loads (3, 2, 1), offsets (0, 3, 5, 6), rows 6 and 7 belong to no expert.
 Letters: T positions, H hidden_size, E experts, K experts of a token, A = T * K pairs, I expert width, L expert layers.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -157,6 +159,8 @@ class MixtureOfExperts(nn.Module):
     def choose(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Experts and their weights, (T, K)."""
         ranked_TE = scores_TE.detach() if self.router.bias is None else scores_TE.detach() + self.router.bias
+        if self.settings.groups_per_token < self.settings.groups:
+            ranked_TE = _within_groups(ranked_TE, self.settings.groups, self.settings.groups_per_token)
         experts_TK = ranked_TE.topk(self.settings.per_token, dim=-1).indices
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.settings.normalize_weights:
@@ -174,6 +178,14 @@ class MixtureOfExperts(nn.Module):
             p_E = (p_TE * weight_T[:, None]).sum(0)
             term = term + settings.balance_weight * settings.count * (self.router.load * p_E).sum()
         return term, z_sum.detach()
+
+
+def _within_groups(ranked_TE: Tensor, groups: int, per_token: int) -> Tensor:
+    """The same, -inf outside of a token's groups: those with the largest sums of their two best (DeepSeek-V3)."""
+    ranked_TGE = ranked_TE.unflatten(1, (groups, -1))
+    best_TG = ranked_TGE.topk(2, dim=-1).values.sum(-1).topk(per_token, dim=-1).indices
+    outside_TG = ranked_TE.new_ones((len(ranked_TE), groups), dtype=torch.bool).scatter(1, best_TG, False)
+    return ranked_TGE.masked_fill(outside_TG[:, :, None], -math.inf).flatten(1)
 
 
 def _shares(scores: Tensor) -> Tensor:

@@ -66,6 +66,14 @@ def test_a_start_from_a_run_takes_its_experts(tmp_path: Path) -> None:
         ),
         ({"count": 32_768}, {}, "model.experts.count = 32768"),
         ({"per_token": 1}, {}, "model.experts.per_token = 1 with normalize_weights = true: the weight of a token's"),
+        ({"groups_per_token": 2}, {}, "model.experts.groups_per_token = 2 exceeds model.experts.groups = 1; lower it"),
+        ({"groups": 3}, {}, "model.experts.groups = 3 with model.experts.count = 4: groups have equally many experts"),
+        ({"groups": 4}, {}, "model.experts.groups = 4 with model.experts.count = 4: groups have equally many experts"),
+        (
+            {"groups": 2, "per_token": 3},
+            {},
+            "groups_per_token = 1 of model.experts.groups = 2 have 2 experts, and model.experts.per_token = 3; raise",
+        ),
         ({}, {"model": {"gated": False}}, "model.gated = false with model.experts: experts are gated"),
         ({}, {"model": {"feed_forward_bias": True}}, "model.feed_forward_bias = true with model.experts"),
         (

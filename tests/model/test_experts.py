@@ -57,6 +57,14 @@ def layer_of(dtype: torch.dtype = torch.float64, **experts: Any) -> MixtureOfExp
     return mixtures(model)[0].to(dtype)
 
 
+def within_groups(ranked: list[float], groups: int, per_token: int) -> list[int]:
+    """The experts of a token's groups."""
+    size = len(ranked) // groups
+    members = [range(first, first + size) for first in range(0, len(ranked), size)]
+    best = sorted(members, key=lambda group: -sum(sorted(ranked[e] for e in group)[-2:]))[:per_token]
+    return [e for group in best for e in group]
+
+
 def by_hand(layer: MixtureOfExperts, x_TH: Tensor, padding_T: Tensor | None = None) -> Tensor:
     """Token by token, expert by expert."""
     rows = []
@@ -64,7 +72,8 @@ def by_hand(layer: MixtureOfExperts, x_TH: Tensor, padding_T: Tensor | None = No
         logits_E = layer.router.weight @ x_H
         scores_E = logits_E.softmax(0) if layer.settings.scores == "softmax" else logits_E.sigmoid()
         ranked_E = scores_E if layer.router.bias is None else scores_E + layer.router.bias
-        chosen = sorted(range(len(scores_E)), key=lambda e: -ranked_E[e].item())[: layer.settings.per_token]
+        inside = within_groups(ranked_E.tolist(), layer.settings.groups, layer.settings.groups_per_token)
+        chosen = sorted(inside, key=lambda e: -ranked_E[e].item())[: layer.settings.per_token]
         total = sum(scores_E[e] for e in chosen) if layer.settings.normalize_weights else 1.0
         out_H = torch.zeros_like(x_H)
         for e in chosen if padding_T is None or not padding_T[row] else ():
@@ -82,6 +91,7 @@ def by_hand(layer: MixtureOfExperts, x_TH: Tensor, padding_T: Tensor | None = No
         {"normalize_weights": False},
         {"per_token": 4},
         {"count": 8, "per_token": 3, "scores": "sigmoid", "route_scale": 2.5, "balance": "bias", "shared": 2},
+        {"count": 12, "per_token": 3, "groups": 4, "groups_per_token": 2, "scores": "sigmoid", "balance": "bias"},
     ],
     ids=str,
 )
@@ -214,6 +224,16 @@ def test_a_bias_changes_the_choice_and_not_the_weights() -> None:
     assert [one.tolist() for one in layer.choose(scores_TE)] == [[[0]], [[0.6]]]
     layer.router.bias.copy_(torch.tensor([0.0, 0.5, 0.0, 0.0]))
     assert [one.tolist() for one in layer.choose(scores_TE)] == [[[1]], [[0.3]]]
+
+
+def test_a_token_passes_experts_of_its_best_groups_only() -> None:
+    """Two groups of two: the best expert is in the group with the smaller sum; so are biases below 0."""
+    layer = layer_of(count=4, per_token=2, groups=2, balance="bias", normalize_weights=False)
+    scores_TE = torch.tensor([[0.5, 0.0, 0.3, 0.25]], dtype=torch.float64)
+    assert [one.tolist() for one in layer.choose(scores_TE)] == [[[2, 3]], [[0.3, 0.25]]]
+    layer.router.bias.copy_(torch.tensor([-1.0, -1.0, -0.5, -0.5]))
+    assert layer.choose(scores_TE)[0].tolist() == [[2, 3]]
+    assert layer.choose(scores_TE[:0])[0].shape == (0, 2)
 
 
 def test_scores_that_are_all_0_give_no_weight_and_no_nan() -> None:
