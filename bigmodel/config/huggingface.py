@@ -40,6 +40,7 @@ CLASSES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
     "dots1": "Dots1ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
     "t5": "T5ForConditionalGeneration",
     "mt5": "MT5ForConditionalGeneration",
     "bert": "BertModel",
@@ -104,6 +105,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096, "max_window_layers": 62, "moe_intermediate_size": 1408, "norm_topk_prob": False,
         "routed_scaling_factor": 1.0, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1,
     },
+    "glm4_moe": DECODER_DEFAULTS | {
+        "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8, "intermediate_size": 10_944,
+        "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "partial_rotary_factor_default": 0.5,
+        "use_qk_norm": False, "moe_intermediate_size": 1408, "num_experts_per_tok": 8, "n_shared_experts": 1,
+        "n_routed_experts": 128, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 1, "norm_topk_prob": True,
+    },
     "t5": T5 | {
         "d_ff": 2048, "num_layers": 6, "num_heads": 8, "feed_forward_proj": "relu",
         "tie_word_embeddings": True,
@@ -137,7 +145,12 @@ FIXED: dict[str, dict[str, Any]] = {
     "olmoe": {"qk_norm": True, "qk_norm_over": "all_heads"},
     "dots1": {"qk_norm": True},
 }
+WITHOUT_WINDOW = ("llama", "olmo2", "olmoe", "glm4_moe")
 FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4}  # where layer_types is absent
+PARTLY_ROTATED = ("phi3", "glm4_moe")  # the other classes rotate whole heads, whatever partial_rotary_factor says
+# Types that are asked for, and what of them has no counterpart.
+LATENT = "its attention, by latent vectors (MLA), has no counterpart in our model; dots1 and glm4_moe have its experts"
+NOT_READ = dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), LATENT)
 # A config.json does not hold them; the rows of the vocabulary are the embedding's.
 NOT_OF_THE_MODEL = (
     "from", *DRAWN, "num_mtp_modules", "mtp_loss_weight", "min_vocabulary", "vocabulary_multiple", "vectors",
@@ -150,6 +163,8 @@ def read_config(config: Config) -> ModelSettings:
     that our model lacks."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in DEFAULTS:
+        if isinstance(kind, str) and kind in NOT_READ:
+            raise UserError(f"model_type = {kind!r}: cannot be read: {NOT_READ[kind]}")
         raise UserError(f"model_type = {kind!r}: cannot be read; types read: {', '.join(DEFAULTS)}")
     if config.get("quantization_config"):
         raise UserError(f"quantization_config = {config['quantization_config']!r}: quantized weights cannot be read")
@@ -190,7 +205,7 @@ def differences(kind: str, settings: ModelSettings) -> list[str]:
     except (UserError, ValueError):
         return ["model.kind"]
     ours, back = settings.model_dump(exclude={"experts"}), read.model_dump(exclude={"experts"})
-    if kind != "phi3":  # the other classes rotate whole heads, whatever partial_rotary_factor says
+    if kind not in PARTLY_ROTATED:
         back["rotary_fraction"] = 1.0
     if kind in ("t5", "mt5"):  # transformers 4 scales the output if and only if it is tied; 5 never scales mT5's
         back["logit_scale"] = settings.hidden_size**-0.5 if settings.tied_embeddings else 1.0
@@ -257,7 +272,7 @@ def _read_decoder(config: Config) -> ModelSettings:
         "head_dim": 0 if head_dim * heads == config["hidden_size"] else head_dim,
         "intermediate_size": config["intermediate_size"],
         "activation": _activation(config, "hidden_activation" if kind.startswith("gemma") else "hidden_act"),
-        "attention_bias": "all" if config["attention_bias"] else "none",
+        "attention_bias": ("qkv" if kind == "glm4_moe" else "all") if config["attention_bias"] else "none",
         "feed_forward_bias": config["mlp_bias"],
         "norm_epsilon": config["rms_norm_eps"],
         "tied_embeddings": config["tie_word_embeddings"],
@@ -271,6 +286,8 @@ def _read_decoder(config: Config) -> ModelSettings:
             "attention_softcap": config.get("attn_logit_softcapping") or 0.0,
             "logit_softcap": config.get("final_logit_softcapping") or 0.0,
         }
+    if kind == "glm4_moe":
+        settings["qk_norm"] = config["use_qk_norm"]
     if not window:
         settings.pop("sliding_rope_theta", None)
     return ModelSettings(**settings | FIXED.get(kind, {}) | read_experts(config))
@@ -296,6 +313,12 @@ def _write_decoder(kind: str, settings: ModelSettings) -> dict[str, Any]:
         del theirs["attention_bias"]
     if kind == "olmoe":
         del theirs["head_dim"]
+    if kind == "glm4_moe":
+        theirs |= {
+            "attention_bias": settings.attention_bias == "qkv",
+            "partial_rotary_factor": settings.rotary_fraction,
+            "use_qk_norm": settings.qk_norm,
+        }
     if kind == "phi3" and settings.resolved_head_dim * settings.num_heads == settings.hidden_size:
         del theirs["head_dim"]
     if kind.startswith("gemma"):
@@ -317,7 +340,7 @@ def _write_decoder(kind: str, settings: ModelSettings) -> dict[str, Any]:
 def _read_window(config: Config) -> dict[str, int]:
     """sliding_window, full_attention_every and first_full_attention."""
     kind, layers, window = config["model_type"], config["num_hidden_layers"], config.get("sliding_window")
-    may_slide = config["use_sliding_window"] if kind.startswith("qwen") else kind not in ("llama", "olmo2", "olmoe")
+    may_slide = config["use_sliding_window"] if kind.startswith("qwen") else kind not in WITHOUT_WINDOW
     if not window or not may_slide:
         if config.get("use_sliding_window") and kind == "llama":
             raise UserError("use_sliding_window = True: Llama has no sliding layers")
@@ -354,7 +377,7 @@ def _from_pattern(window: int, kinds: list[str]) -> dict[str, int]:
 def _write_window(kind: str, settings: ModelSettings) -> dict[str, Any]:
     every, first = settings.full_attention_every, settings.first_full_attention
     window = settings.sliding_window or None
-    if kind in ("llama", "olmo2", "olmoe"):
+    if kind in WITHOUT_WINDOW:
         return {}
     if kind in ("mistral", "phi3", "mixtral", "qwen3_moe"):
         return {"sliding_window": window} | ({"use_sliding_window": bool(window)} if kind == "qwen3_moe" else {})

@@ -19,9 +19,10 @@ Config = Mapping[str, Any]
 # The key that has the number of experts, by type.
 COUNT = {
     "mixtral": "num_local_experts", "qwen3_moe": "num_experts", "olmoe": "num_experts", "dots1": "n_routed_experts",
+    "glm4_moe": "n_routed_experts",
 }  # fmt: skip
-OWN_WIDTH = ("qwen3_moe", "dots1")  # experts of the others have intermediate_size
-DEEPSEEK = ("dots1",)  # the experts of DeepSeek-V3
+OWN_WIDTH = ("qwen3_moe", "dots1", "glm4_moe")  # experts of the others have intermediate_size
+DEEPSEEK = ("dots1", "glm4_moe")  # the experts of DeepSeek-V3
 
 
 def read_experts(config: Config) -> dict[str, Any]:
@@ -45,6 +46,8 @@ def read_experts(config: Config) -> dict[str, Any]:
             "balance": "bias",
             "route_scale": config["routed_scaling_factor"],
             "shared": config["n_shared_experts"] or 1,  # the class has one always
+            "groups": config["n_group"],
+            "groups_per_token": config["topk_group"],
         }
     elif weight := config["router_aux_loss_coef"] / max(1, config["num_hidden_layers"] - first):
         experts["balance_weight"] = weight
@@ -68,8 +71,8 @@ def write_experts(kind: str, settings: ModelSettings) -> dict[str, Any]:
             "first_k_dense_replace": experts.first_dense_layers,
             "n_shared_experts": experts.shared,
             "routed_scaling_factor": experts.route_scale,
-            "n_group": 1,
-            "topk_group": 1,
+            "n_group": experts.groups,
+            "topk_group": experts.groups_per_token,
         }
     layers = settings.num_layers - experts.first_dense_layers
     weight = experts.balance_weight * layers if experts.balance == "loss" else 0.0
@@ -97,11 +100,6 @@ def _refuse_others(config: Config) -> None:
         )
     if config.get("clip_qkv") is not None:
         raise UserError(f"clip_qkv = {config['clip_qkv']!r}: our model does not clip queries, keys and values")
-    if config.get("topk_group", 1) < config.get("n_group", 1):
-        raise UserError(
-            f"topk_group = {config['topk_group']!r} of n_group = {config['n_group']!r}: our routers choose among all "
-            "experts, not among groups of them"
-        )
 
 
 def _first_dense_layers(config: Config) -> int:

@@ -30,7 +30,7 @@ def read_rope(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "rope_theta": float(theirs.get("rope_theta") or config["rope_theta_default"]),
         "rope_scaling": rope_scaling(theirs, config.get("max_position_embeddings", 0)),
-        "rotary_fraction": theirs.get("partial_rotary_factor") or 1.0,
+        "rotary_fraction": theirs.get("partial_rotary_factor") or config.get("partial_rotary_factor_default") or 1.0,
     }
     sliding_theta = of_sliding.get("rope_theta") or config.get("rope_local_base_freq")
     if sliding_theta and sliding_theta != settings["rope_theta"]:

@@ -120,7 +120,8 @@ def test_experts_have_the_type_that_computes_them() -> None:
         ("mixtral", {}, {"width": 24, "router_z_weight": 0.001}),
         ("qwen3_moe", {"qk_norm": True}, {"first_dense_layers": 1, "width": 24}),
         ("olmoe", {"qk_norm": True, "qk_norm_over": "all_heads"}, {"normalize_weights": False, "balance": "none"}),
-        ("dots1", {"qk_norm": True}, deepseek),
+        ("dots1", {"qk_norm": True}, deepseek | {"groups": 2}),
+        ("glm4_moe", {"rotary_fraction": 0.5, "attention_bias": "qkv"}, deepseek),
     ):
         assert fitting_type(ModelSettings.model_validate(SMALL | model | {"experts": {"count": 4} | experts})) == kind
     assert differences("mixtral", ModelSettings(**SMALL)) == ["a model without experts"]

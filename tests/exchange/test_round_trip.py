@@ -27,7 +27,7 @@ KINDS = {
     name: MODELS[name]
     for name in (
         "llama 3", "mistral", "qwen2", "qwen3", "olmo2", "olmo3", "gemma2", "gemma3", "phi3",
-        "phi3 partial", "mixtral", "qwen3_moe", "olmoe", "dots1", "t5 1.0", "t5 1.1", "ul2",
+        "phi3 partial", "mixtral", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "t5 1.0", "t5 1.1", "ul2",
         "mt5", "bert", "modernbert",
     )
 }  # fmt: skip

@@ -47,6 +47,7 @@ DEEPSEEK = {
     "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 2,
     "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
 }  # fmt: skip
+GROUPS = {"n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
 WITHOUT_DEFAULT = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts")
 MODERN = {"num_hidden_layers": 4, "global_attn_every_n_layers": 3, "local_attention": 6}
 
@@ -80,6 +81,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe normalized": ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "dots1": ("dots1", DEEPSEEK | {"norm_topk_prob": True}),
     "dots1 sliding": ("dots1", DEEPSEEK | EVERY_SECOND | {"attention_bias": True, "first_k_dense_replace": 0}),
+    "dots1 groups": ("dots1", DEEPSEEK | GROUPS),
+    "glm4_moe": ("glm4_moe", DEEPSEEK | {"attention_bias": True}),
+    "glm4_moe groups": ("glm4_moe", DEEPSEEK | GROUPS | {"use_qk_norm": True, "head_dim": 20}),
     "t5 1.0": ("t5", {}),
     "t5 1.1": ("t5", UNTIED),
     "ul2": ("t5", {"tie_word_embeddings": False, "feed_forward_proj": "gated-silu"}),
@@ -222,7 +226,11 @@ def test_a_model_is_transformers_own_and_goes_back_unchanged(name: str) -> None:
             "router_jitter_noise = 0.1: our routers have no noise, .* set it to 0",
         ),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv = 8.0: our model does not clip"),
-        ({"model_type": "dots1", **DEEPSEEK, "n_group": 4, "topk_group": 2}, "topk_group = 2 of n_group = 4: our rout"),
+        (
+            {"model_type": "dots1", **DEEPSEEK, "n_group": 4, "topk_group": 2},
+            "config.json of a dots1: .*groups = 4 with model.experts.count = 5: groups have equally many experts",
+        ),
+        ({"model_type": "deepseek_v3"}, "model_type = 'deepseek_v3': cannot be read: its attention, by latent vectors"),
         ({"model_type": "dots1"}, "config.json of a dots1: n_routed_experts is missing"),
         (
             {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
@@ -269,9 +277,24 @@ def test_what_has_no_counterpart_is_refused(config: dict[str, Any], complaint: s
         settings_of(config)
 
 
+def test_modules_of_glm_for_multi_token_prediction_are_left_out() -> None:
+    """As by its class: GLM-4.5 numbers them as layers behind the last one."""
+    theirs = model_of("glm4_moe")
+    state = theirs.state_dict()
+    beside = {"eh_proj.weight": torch.zeros(48, 96), "mlp.gate.weight": torch.zeros(5, 48)}
+    more = state | {f"model.layers.2.{name}": weight for name, weight in beside.items()}
+    _, weights = from_transformers(theirs.config.to_dict(), more)
+    _, wanted = from_transformers(theirs.config.to_dict(), state)
+    assert weights.keys() == wanted.keys()
+    del more["model.layers.2.eh_proj.weight"]
+    with pytest.raises(UserError, match="without a counterpart in our model: model.layers.2.mlp.gate.weight"):
+        from_transformers(theirs.config.to_dict(), more)
+
+
 @pytest.mark.parametrize("kind", DEFAULTS)
 def test_a_key_that_is_left_out_has_the_default_of_its_class(kind: str) -> None:
     needed = {name: DEEPSEEK[name] for name in WITHOUT_DEFAULT} if kind == "dots1" else {}
+    needed |= {"head_dim": 128} if kind == "glm4_moe" else {}  # of its own default, 42, half is odd
     full = CONFIG_MAPPING[kind](**needed).to_dict()
     assert resolved({"model_type": kind} | needed) == resolved(full)
     for name in DEFAULTS[kind].keys() & full.keys():

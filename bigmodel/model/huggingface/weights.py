@@ -46,6 +46,7 @@ CONSTANTS = re.compile(
 )
 T5_COPIES = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
 HEADS = ("pooler.", "cls.", "head.", "decoder.", "classifier.")  # of encoders
+MTP = "eh_proj.weight"  # of GLM's modules
 CLASS_HEAD = "score.weight"  # of decoders
 NO_COPIES = "no copies, as config.json says, of the weight in brackets"
 OF_EXPERTS = (".experts.gate_up", ".experts.down")
@@ -167,10 +168,13 @@ def to_theirs(names: Names, ours: Mapping[str, Tensor]) -> Weights:
 
 def without_prefix(kind: str, theirs: Iterable[str]) -> dict[str, str]:
     """Names in a file -> names of the class without a head, for encoders: BertForMaskedLM calls its weights bert.*,
-    ModernBertForMaskedLM model.*. Heads are left out."""
+    ModernBertForMaskedLM model.*. Heads are left out, and GLM's modules for multi-token prediction, which its class
+    does not read: they are numbered as layers behind the last one."""
     prefix = {"bert": "bert.", "modernbert": "model."}.get(kind, "")
     if not prefix:
-        return {name: name for name in theirs if name != CLASS_HEAD}
+        names = [*theirs]
+        beside = tuple(name.removesuffix(MTP) for name in names if kind == "glm4_moe" and name.endswith(MTP))
+        return {name: name for name in names if name != CLASS_HEAD and not name.startswith(beside)}
     bare = {name: name.removeprefix(prefix) for name in theirs}
     return {name: short for name, short in bare.items() if not short.startswith(HEADS)}
 
