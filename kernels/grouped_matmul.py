@@ -60,8 +60,9 @@ def gradients_reference(
         if need_x:
             _multiply_rows(dy_MN[rows], weight_ENK[expert], dx_MK[rows])
         if need_weight:
-            missing = -len(x_MK[rows]) % ROWS_OF_BF16 if _is_native_bf16(x_MK) else 0
-            dy_RN, x_RK = (F.pad(one[rows], (0, 0, 0, missing)) for one in (dy_MN, x_MK))
+            dy_RN, x_RK = dy_MN[rows], x_MK[rows]
+            if missing := -len(x_RK) % ROWS_OF_BF16 if _is_native_bf16(x_MK) else 0:  # F.pad by 0 rows copies, too
+                dy_RN, x_RK = (F.pad(one, (0, 0, 0, missing)) for one in (dy_RN, x_RK))
             _multiply(dy_RN.T, x_RK, d_weight_ENK[expert])
     if need_x:
         dx_MK[rows.stop :] = 0
