@@ -62,7 +62,7 @@ def _facts(run: RunHistory) -> dict[str, str]:
         "goodput": f"{run.seconds['productive'] / wall:.1%}" if wall else "",
         "restarts": str(max(0, len(run.starts()) - 1)),
         "checkpoints": f"{len(run.others.get('checkpoint', []))}{_size_of_last(run)}",
-        "last line": _moment(run.others.get("end", [{}])[-1].get("time") or _last(run.column("time"))),
+        "last line": _moment(_last_moment(run)),
         "ended": _ending(run),
         "folder": str(run.directory),
     }
@@ -197,6 +197,12 @@ def _ending(run: RunHistory) -> str:
     )
     before = "".join(f"; before: {counted_noun(count, name)}" for name, count in again.items())
     return str(ends[-1]["ending"]) + before if ends and len(ends) and ends[-1]["time"] >= starts[-1]["time"] else ""
+
+
+def _last_moment(run: RunHistory) -> float:
+    """Unix time of the newest step, or of the end of the last start; NaN: none yet."""
+    moments = [_last(run.column("time")), *(line["time"] for line in run.others.get("end", ())[-1:])]
+    return max((moment for moment in moments if math.isfinite(moment)), default=math.nan)
 
 
 def _size_of_last(run: RunHistory) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import time
 from http.client import HTTPConnection
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -372,6 +373,18 @@ def test_what_was_appended_is_read_and_a_restarted_run_is_read_anew(tmp_path: Pa
     (folder / "new").replace(folder / "metrics.jsonl")
     assert history.update()
     assert (history.num_steps, len(history.starts())) == (1, 2)
+
+
+def test_the_last_line_of_a_run_that_goes_on_is_no_end_of_an_earlier_start(tmp_path: Path) -> None:
+    run = Run()
+    run.start(0, None)
+    run.add(line(1))
+    run.add({"kind": "end", "ending": "finished", "lap": 1.0})
+    run.start(1, "finished", after=60.0)
+    run.add(line(2))
+    numbers = dict(blocks(content([open_run(write(tmp_path / "run", run))]))["numbers"]["rows"])
+    assert numbers["last line"] == time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(run.now))
+    assert "ended" not in numbers
 
 
 def test_changes_between_starts_and_settings_are_listed(tmp_path: Path) -> None:
