@@ -65,7 +65,8 @@ def anchors(document: Path) -> set[str]:
 
 
 def broken_links(document: Path) -> Iterator[str]:
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
+    for pair in re.findall(r'\]\(([^)\s]+)\)|\bsrc(?:set)?="([^"\s]+)"', prose(document)):
+        target = "".join(pair)
         path, _, anchor = target.partition("#")
         if "://" in target:
             continue
@@ -96,8 +97,11 @@ def test_named_paths_exist(document: Path) -> None:
 def test_a_broken_link_and_a_wrong_path_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "REPOSITORY", tmp_path)
     page = tmp_path / "page.md"
-    page.write_text("# A heading\n[a](#a-heading) [b](#another) [c](none.md) `bigmodel/none.py`\n```\n[d](e)\n```\n")
-    assert list(broken_links(page)) == ["page.md: #another: no such heading", "page.md: none.md: no such file"]
+    links = '[a](#a-heading) [b](#another) [c](none.md) <img src="f.png">'
+    page.write_text(f"# A heading\n{links} `bigmodel/none.py`\n```\n[d](e)\n```\n")
+    anchor, *files = broken_links(page)
+    assert anchor == "page.md: #another: no such heading"
+    assert files == ["page.md: none.md: no such file", "page.md: f.png: no such file"]
     assert list(named_paths(page)) == ["bigmodel/none.py"]
 
 

@@ -78,6 +78,10 @@ def test_every_section_is_there_and_nothing_is_wider_than_the_screen(
         assert browser.evaluate("document.documentElement.scrollWidth") == width
         right = "Math.max(...[...document.querySelectorAll('.card')].map((one) => one.getBoundingClientRect().right))"
         assert browser.evaluate(right) <= width
+        goodput = browser.evaluate("document.querySelector('#goodput .card').offsetWidth")
+        assert goodput > 0.9 * width or address.endswith("both.html"), "no empty place beside a plot above a table"
+        lines = "document.querySelector('#worst-steps tbody tr').offsetHeight / 20"
+        assert browser.evaluate(lines) < 3.5, "a row of a table is scrolled, not squeezed"
         names = browser.evaluate("[...document.querySelectorAll('[id]')].map((one) => one.id)")
         assert len(names) == len(set(names))
         ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -235,8 +235,9 @@
       const whole = wholeRange.has(block.name) || zooms[block.x];
       if (block.kind === "stack" && block.scale === "share") return [0, 1];
       if (block.top != null && !whole) high = Math.min(high, block.top);
+      if (block.from_zero) low = Math.min(0, low);
       const margin = 0.06 * (high - low) || Math.abs(high) * 0.05 || 1;
-      return [block.from_zero ? Math.min(0, low) : low - margin, high + margin];
+      return [block.from_zero ? low : low - margin, high + margin];
     };
   }
 
@@ -443,7 +444,7 @@
       return made;
     });
     const titles = block.columns.map((text) => make("th", { scope: "col", textContent: text }));
-    const made = make("table", {}, make("thead", {}, make("tr", {}, ...titles)), make("tbody", {}, ...rows));
+    const made = make("table", { className: block.head ? "facts" : "" }, make("thead", {}, make("tr", {}, ...titles)), make("tbody", {}, ...rows));
     return make("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": block.title }, made);
   }
 
