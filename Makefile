@@ -5,6 +5,7 @@ PYTHON ?= python3
 RUN ?= configs/tiny.toml
 GPUS := $(shell ls /dev 2>/dev/null | grep -c '^nvidia[0-9][0-9]*$$')
 RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
+SET ?=
 TESTS ?=
 SEEDS ?= 1,2,3
 MINUTES ?= 10
@@ -41,6 +42,7 @@ help:  ## list these commands
 	@echo 'make format   format the code'
 	@echo 'make clean    remove .venv and caches; data/ and runs/ stay'
 	@echo
+	@echo 'SET="training.steps=300 schedule.decay_steps=200" is a shorter run of make train: settings without spaces.'
 	@echo 'RUN=path.toml and RANKS=n choose another run; PYTHON=/path/to/python3.12 chooses the interpreter.'
 
 setup: .venv/installed
@@ -69,7 +71,7 @@ setup: .venv/installed
 
 train: .venv/installed
 	@$(PY) -m bigmodel prepare "$(RUN)"
-	@$(PY) -m bigmodel launch local "$(RUN)" --ranks $(RANKS)
+	@$(PY) -m bigmodel launch local "$(RUN)" --ranks $(RANKS) $(foreach one,$(SET),--set '$(one)')
 
 train-seq2seq:
 	@$(MAKE) --no-print-directory train RUN=configs/seq2seq.toml
