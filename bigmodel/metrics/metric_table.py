@@ -117,8 +117,8 @@ RUN = (
         "measured step", ("layers",),
     ),
     Metric(
-        "spikes", "counter", "Steps whose loss or gradient norm was 6 robust standard deviations above the median",
-        ("signal",),
+        "spikes", "counter", "Spikes by training.spikes: one for each signal of each event `spike`, repeated steps "
+        "included", ("signal",),
     ),
     Metric("evaluations", "counter", "Evaluations on the validation split"),
     Metric("evaluation_seconds", "counter", "Time spent in evaluations, on tasks too"),

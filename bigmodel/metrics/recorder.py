@@ -26,7 +26,7 @@ import shutil
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -222,6 +222,13 @@ class Metrics:
         cause."""
         if self._ledger:
             line = {"kind": "begin", "time": self._unix_time + self._lap_began, "cause": cause, "step": step}
+            self._file.add(line)
+            self._ledger.add(line)
+
+    def record_spike(self, step: int, signals: Sequence[str]) -> None:
+        """`signals`: "loss", "gradient_norm". A line of its own, because a rewind ends the run before the step's."""
+        if self._ledger:
+            line = {"kind": "spike", "time": self._unix_time + time.perf_counter(), "step": step, "signals": signals}
             self._file.add(line)
             self._ledger.add(line)
 

@@ -29,7 +29,7 @@ import copy
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, islice
 from operator import lt, sub
 from typing import Any
@@ -41,11 +41,7 @@ HANG_FACTOR = 10  # times the median step
 RECENT_STEPS = 64
 MIN_RECENT = 8
 MOST_CLASSES = 100  # with series of their own
-SPIKE_DEVIATIONS = 6.0
-SIGMA_OF_MEDIAN_DISTANCE = 1.4826  # for normally distributed values
-LEAST_DEVIATION = 1e-3  # of the median
 LEFT_OUT = "left_out"  # skip reason of a step that a rewind leaves out
-SPIKE_STEPS, MIN_SPIKE_STEPS = 128, 32
 ENDINGS = ("stopped", "finished", "died", "hang", "failed")  # endings of a start: the causes of the next start
 SAVE_FAILURES = ("disk_full", "permission", "io_error", "not_finite")  # reasons of failed saves
 FROM_ZERO = (
@@ -85,13 +81,15 @@ class RunAccounting:
         self._shortest = math.inf
         self._hung = False  # whether the last start hung before it failed
         self._under_way: str | None = None  # the cause in the last line, if that line is a "begin"
-        self._signals = {name: deque[float](maxlen=SPIKE_STEPS) for name in ("loss", "gradient_norm")}
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Add one line; unknown kinds are ignored."""
         kind = line["kind"]
         if kind == "begin":
             self._under_way = line["cause"]
+        elif kind == "spike":  # counted even for a repeated step: a rewind ends the start before the step's own line
+            for signal in line["signals"]:
+                self._count("spikes", 1, signal)
         if kind not in (*COUNTED, "failed_checkpoint", "start", "end"):
             return
         again = kind in COUNTED and line["step"] <= self.counted[kind]
@@ -279,11 +277,6 @@ class RunAccounting:
             self._count("steps_skipped", 1, line["skip_reason"])
         self._count_left_out(line)
         self._spend(line["lap"], line["data_wait_seconds"], line["compile_seconds"], line["skipped"])
-        for name, recent in self._signals.items():
-            if is_spike(line[name], recent):
-                self._count("spikes", 1, name)
-            if math.isfinite(line[name]):
-                recent.append(line[name])
 
     def _count_left_out(self, line: Mapping[str, Any]) -> None:
         """Count a step that a rewind leaves out, once; before the rewind it was a step like others."""
@@ -331,21 +324,6 @@ class RunAccounting:
         self._count("checkpoint_written_bytes", line["bytes"])
         self._count("checkpoint_seconds", line["seconds"])
         self.seconds["checkpoint"] += line["lap"]
-
-
-def is_spike(value: float, recent: Collection[float]) -> bool:
-    """Whether a value is 6 deviations above the usual of the values before it, at least 32 of them."""
-    if len(recent) < MIN_SPIKE_STEPS or not math.isfinite(value):
-        return False
-    usual, deviation = usual_of(recent)
-    return value > usual + SPIKE_DEVIATIONS * deviation
-
-
-def usual_of(values: Collection[float]) -> tuple[float, float]:
-    """Median, and robust standard deviation: 1.4826 times the median distance from it, at least a thousandth of it."""
-    median = statistics.median(values)
-    distance = statistics.median(abs(one - median) for one in values)
-    return median, max(SIGMA_OF_MEDIAN_DISTANCE * distance, LEAST_DEVIATION * abs(median))
 
 
 def _of_start(line: Mapping[str, Any]) -> Samples:

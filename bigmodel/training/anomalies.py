@@ -26,6 +26,7 @@ from bigmodel.data.plan.sharing import Place
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.distributed.world import World
 from bigmodel.metrics.progress import LiveLine
+from bigmodel.metrics.recorder import Metrics
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import EXIT_DEVICE, EXIT_REWIND, Restart, record_event
 from bigmodel.training.checkpoint import format as checkpoint
@@ -62,10 +63,11 @@ class Anomalies:
         self._rewinds = list(dict.fromkeys([*declared_in(state), *declared]))
         self._bad_steps, self._verdict = 0, Verdict()
 
-    def judge(self, step: Step, nats: Tensor, loss: float, gradient_norm: float) -> str:
+    def judge(self, step: Step, nats: Tensor, loss: float, gradient_norm: float, metrics: Metrics) -> str:
         """Why this step must not be applied: "not_finite", "spike", "left_out"; "" if it may be.
 
-        nats: this rank's loss sums. Raises `Restart` on every rank, and `UserError` at the smallest loss scale of fp16.
+        nats: this rank's loss sums. metrics: count the spikes. Raises `Restart` on every rank, and `UserError` at the
+        smallest loss scale of fp16.
         """
         done = step.number + 1
         self._replicas.check(done)
@@ -75,7 +77,7 @@ class Anomalies:
         elif not math.isfinite(loss + gradient_norm):
             reason, more = "not_finite", self._attribute(step, nats)
         elif spikes := self._spikes.see(loss, gradient_norm):
-            reason = self._on_spike(done, spikes)
+            reason = self._on_spike(done, spikes, metrics)
         self._bad_steps = self._bad_steps + 1 if reason == "not_finite" and not self._engine.scales_loss else 0
         if reason:
             self._report_skipped(step, reason, more, loss, gradient_norm)
@@ -131,11 +133,12 @@ class Anomalies:
             EXIT_DEVICE,
         )
 
-    def _on_spike(self, done: int, spikes: Sequence[Spike]) -> str:
+    def _on_spike(self, done: int, spikes: Sequence[Spike], metrics: Metrics) -> str:
         """What the policy makes of it: "" or "spike". Raises `Restart` for a rewind."""
         policy = self._settings.training.spikes.policy
         rewind = self._world.on_rank_zero(lambda: self._plan_rewind(done)) if policy == "rewind" else None
         words = "; ".join(map(str, spikes))
+        metrics.record_spike(done, [spike.signal for spike in spikes])
         if self._world.rank == 0:
             values = {spike.signal: spike.value for spike in spikes}
             record_event(self._directory, "spike", step=done, policy=policy, detail=words, **values)

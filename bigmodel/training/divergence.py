@@ -9,7 +9,7 @@ update. Example: bad steps 10 to 19, checkpoints 4, 8, 9 and 12: 9 and 12 hold t
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,15 +17,17 @@ from torch import Tensor
 
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
-from bigmodel.metrics.run_accounting import SPIKE_STEPS, is_spike
 from bigmodel.run_directory import read_json_lines, record_event
 from bigmodel.training.checkpoint.failures import NotFiniteError
 from bigmodel.training.checkpoint.finite import not_finite
 from bigmodel.training.checkpoint.folder import path_of
 from bigmodel.training.checkpoint.health import record_divergence
+from bigmodel.training.spikes import usual_of
 
 MAX_BAD_STEPS = 10  # this many in a row without a finite loss and gradient mean divergence; fp16 lowers its scale first
 NEW_COURSE_STEPS = 1000
+ORDINARY_STEPS, LEAST_STEPS = 128, 32  # that make the usual loss; before so many no loss is high
+HIGH_DEVIATIONS = 6.0
 TAIL_BYTES = 1 << 22  # of metrics.jsonl: more than 1,000 steps
 
 
@@ -112,14 +114,14 @@ def way_back(settings: Settings, change: str = "") -> str:
 class Course:
     """Whether a run is on its course: `first` is the first of the steps off course with which it so far ends, or 0.
 
-    A step is off course if it was skipped, if its loss is not finite, or if its loss is a spike among the last
-    `SPIKE_STEPS` ordinary ones (`is_spike`, which needs 32 of them). 1,000 finite steps at a higher loss are a new
-    course: other data, another objective.
+    A step is off course if it was skipped, if its loss is not finite, or if its loss is `HIGH_DEVIATIONS` above the
+    usual of the last `ORDINARY_STEPS` ordinary ones; training.spikes plays no part. 1,000 finite
+    steps at a higher loss are a new course: other data, another objective.
     """
 
     def __init__(self) -> None:
         self.first = 0
-        self._ordinary: deque[float] = deque(maxlen=SPIKE_STEPS)
+        self._ordinary: deque[float] = deque(maxlen=ORDINARY_STEPS)
         self._high: list[float] = []
 
     @classmethod
@@ -133,7 +135,7 @@ class Course:
 
     def see(self, step: int, loss: float, skipped: bool) -> int:
         """Add a step; returns `first`. Costs 20 us."""
-        is_high = is_spike(loss, self._ordinary)
+        is_high = _is_high(loss, self._ordinary)
         if skipped or is_high or not math.isfinite(loss):
             self.first = self.first or step
             self._high += [loss] if is_high and not skipped else []
@@ -144,6 +146,13 @@ class Course:
             self._ordinary.append(loss)
         self.first, self._high = 0, []
         return 0
+
+
+def _is_high(loss: float, ordinary: Collection[float]) -> bool:
+    if len(ordinary) < LEAST_STEPS or not math.isfinite(loss):
+        return False
+    usual, deviation = usual_of(ordinary)
+    return loss > usual + HIGH_DEVIATIONS * deviation
 
 
 def began(steps: Iterable[Mapping[str, Any]]) -> int:

@@ -234,7 +234,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         clip = scores.clip()
 
         # Update, unless the step is bad. Loss and norm are equal on all ranks, so all ranks decide alike.
-        reason = anomalies.judge(step, nats, loss, gradient_norm)
+        reason = anomalies.judge(step, nats, loss, gradient_norm, metrics)
         bad = bool(reason)
         rate = learning_rate(step.number, settings)
         norms.before_update(done)

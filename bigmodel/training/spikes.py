@@ -14,8 +14,9 @@ to 250 have no update. Checkpoint 245 is removed.
 """
 
 import os
+import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,13 @@ class Spikes:
 
     def state(self) -> dict[str, Any]:
         return {"spikes": {name: list(recent) for name, recent in self._recent.items()}}
+
+
+def usual_of(values: Collection[float]) -> tuple[float, float]:
+    """Median, and robust standard deviation: 1.4826 times the median distance from it, at least a thousandth of it."""
+    median = statistics.median(values)
+    distance = statistics.median(abs(one - median) for one in values)
+    return median, max(SIGMA_OF_MEDIAN_DISTANCE * distance, LEAST_DEVIATION * abs(median))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from random import Random
 from typing import Any
 
 import pytest
@@ -33,7 +32,7 @@ class Run:
         self.run_accounting = RunAccounting()
 
     def add(self, line: Line) -> None:
-        self.now += line["lap"]
+        self.now += line.get("lap", 0.0)
         self.file.append({**line, "time": self.now})
         self.run_accounting.add(json.loads(json.dumps(self.file[-1])))
 
@@ -233,26 +232,17 @@ def test_failed_saves_are_counted_by_reason_each_time_also_after_a_restart() -> 
     assert run.run_accounting.wall_seconds == sum(run.lost.values())
 
 
-def test_spikes_are_told_from_noise_and_from_the_fall_of_the_loss() -> None:
+def test_spikes_count_as_often_as_they_are_noted_also_in_steps_that_are_dropped() -> None:
     run = Run()
     run.start(0, None)
-    losses = [8.0 / (1 + number / 40) + (0.01 if number % 2 else -0.01) for number in range(200)]
-    losses[20] = 50.0  # too few before it
-    losses[150], losses[160] = 12.0, math.nan
-    for number, loss in enumerate(losses, start=1):
-        run.add(step(number, loss=loss, gradient_norm=900.0 if number == 100 else 1.0 + 0.1 * (number % 3)))
-    assert run.run_accounting.counts["spikes|loss"] == 1
-    assert run.run_accounting.counts["spikes|gradient_norm"] == 1
-
-
-def test_noise_of_three_deviations_is_no_spike() -> None:
-    random, run = Random(1), Run()
-    run.start(0, None)
-    for number in range(1, 400):
-        run.add(step(number, loss=random.gauss(2.0, 0.1), gradient_norm=random.gauss(1.0, 0.2)))
-    assert run.run_accounting.counts["spikes|loss"] == run.run_accounting.counts["spikes|gradient_norm"] == 0
-    run.add(step(400, loss=2.0 + 0.1 * 8, gradient_norm=1.0))
-    assert run.run_accounting.counts["spikes|loss"] == 1
+    run.add(step(1))
+    run.add({"kind": "spike", "step": 2, "signals": ["loss", "gradient_norm"]})  # the step of a rewind has no line
+    run.start(1, "failed")
+    run.add({"kind": "spike", "step": 2, "signals": ["loss"]})
+    run.add(step(2))
+    counts = {labels[0]: count for labels, count in run.run_accounting.samples()["spikes"]}
+    assert counts == {"loss": 2, "gradient_norm": 1}
+    assert run.run_accounting.wall_seconds == sum(run.run_accounting.seconds.values())
 
 
 def test_time_told_with_a_later_line_is_spent_on_its_cause() -> None:

@@ -11,6 +11,7 @@ from bigmodel.checks.audit import audit
 from bigmodel.inspect.report import table
 from bigmodel.launcher.record import launches
 from bigmodel.launcher.watch import status
+from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.run_directory import read_json_lines
 from tests.support.faulty import BROKEN, FLIPPED, LOUD, POISONED, Fault, train
 from tests.support.ranks import command, finish, start_ranks
@@ -37,6 +38,19 @@ def learned(run: Path) -> list[tuple[Any, ...]]:
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_json_lines(run / "events.jsonl") if event["event"] == kind]
+
+
+def counted(run: Path) -> dict[str, float]:
+    """Spikes by signal, as the metrics endpoint counts them."""
+    accounting = RunAccounting()
+    for line in read_json_lines(run / "metrics.jsonl"):
+        accounting.add(line)
+    return {labels[0]: count for labels, count in accounting.samples()["spikes"]}
+
+
+def noted(run: Path) -> dict[str, float]:
+    """Spikes by signal in events.jsonl."""
+    return {signal: sum(signal in event for event in events(run, "spike")) for signal in ("loss", "gradient_norm")}
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +176,7 @@ def test_a_rewind_leaves_out_the_same_steps_on_any_number_of_ranks(
     assert state["left_out"] == [{"at": 10, "to": 4, "first": 7}]
     assert [finding for finding in audit(run) if not finding.holds] == []
     assert status(run)["restarts"][0]["after"] == "rewind"
+    assert counted(run) == noted(run) == {"loss": 0, "gradient_norm": 1}
 
 
 def test_a_skipped_spike_is_declared_with_its_documents(tmp_path: Path, shards: Path) -> None:
@@ -174,4 +189,5 @@ def test_a_skipped_spike_is_declared_with_its_documents(tmp_path: Path, shards: 
     assert event["documents"]
     (spike,) = events(tmp_path / "run", "spike")
     assert spike["gradient_norm"] > 100
+    assert counted(tmp_path / "run") == noted(tmp_path / "run") == {"loss": 0, "gradient_norm": 1}
     assert all(finding.holds for finding in audit(tmp_path / "run"))

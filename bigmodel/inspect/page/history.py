@@ -153,7 +153,7 @@ class RunHistory:
                 self._told(line["began"], line["carried"]["seconds"])
             self._ledger.add(line)
             self.others.setdefault(line["kind"], []).append(line)
-        if line["kind"] != "begin":
+        if "lap" in line:
             self._told(line["time"], self._ledger.seconds)
         if line["kind"] not in ("checkpoint", "end"):
             self._num_firm = len(self._moments)
