@@ -52,6 +52,7 @@ def step_record(chance: random.Random, step: int, steps: int) -> StepRecord:
         z_loss=50.0,
         slowest_rank=chance.randrange(RANKS),
         slowest_rank_lag_seconds=chance.expovariate(100.0),
+        lag_ms=tuple(round(chance.gauss(0.0, 10.0), 1) for _ in range(RANKS)),
         norms=norms if step % NORMS_EVERY == 0 else None,
     )
 

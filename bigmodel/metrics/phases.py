@@ -8,6 +8,7 @@ backward, communication and optimizer are timed by two CUDA events on the curren
 a later `take` counts it. Cost: 2 microseconds per phase on a CPU.
 """
 
+import heapq
 import statistics
 import sys
 import time
@@ -22,6 +23,8 @@ from bigmodel.metrics.recorder import Seat
 
 HOST_PHASES = ("data", "evaluation", "checkpoint")
 BUSY_PHASES = ("forward", "backward", "optimizer")  # a rank's own work, without waiting for other ranks
+MOST_RANKS = 64  # whose lags are all recorded
+SLOWEST = 16  # ranks whose lags are recorded, of more
 
 
 class Phases:
@@ -96,6 +99,20 @@ def slowest(busy_seconds: Sequence[float]) -> tuple[int | None, float | None]:
         return None, None
     rank = max(range(len(busy_seconds)), key=busy_seconds.__getitem__)
     return rank, busy_seconds[rank] - statistics.median_low(busy_seconds)
+
+
+def lags(busy_seconds: Sequence[float]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Milliseconds that ranks worked longer than the median rank, less than 0 for faster ones, and these ranks.
+
+    Up to `MOST_RANKS` ranks: of all, in order, and () for the ranks; of more, the `SLOWEST` slowest ones. Of a single
+    rank: ((), ()).
+    """
+    if len(busy_seconds) < 2:
+        return (), ()
+    usual, ranks = statistics.median_low(busy_seconds), range(len(busy_seconds))
+    chosen = ranks if len(ranks) <= MOST_RANKS else heapq.nlargest(SLOWEST, ranks, busy_seconds.__getitem__)
+    found = tuple(round(1000 * (busy_seconds[rank] - usual), 1) for rank in chosen)
+    return found, () if chosen is ranks else tuple(chosen)
 
 
 class CompileTime:

@@ -104,6 +104,8 @@ class StepRecord:
     distillation_loss: float | None = None  # mean divergence from the teacher over the labels, times temperature^2
     slowest_rank: int | None = None  # of the previous step, because it is summed together with this step's loss
     slowest_rank_lag_seconds: float | None = None
+    lag_ms: tuple[float, ...] = ()  # of all ranks, in order, or of `lag_ranks`; of the previous step: `phases.lags`
+    lag_ranks: tuple[int, ...] = ()  # of more than 64 ranks, the slowest first
     slow_rank: Slow | None = None  # over the last steps; a line of metrics.jsonl has [rank, excess]
     norms: dict[str, dict[str, float]] | None = None  # layers -> weight_norm ..., at measured steps
     pruned_share: float | None = None  # of zeros in the matrices of [pruning], counted when it last pruned

@@ -50,7 +50,7 @@ from bigmodel.generation.samples import examples, sample
 from bigmodel.metrics.energy import Energy, Joules
 from bigmodel.metrics.flops import device_peak_flops, step_flops
 from bigmodel.metrics.hang_watch import Limits
-from bigmodel.metrics.phases import CompileTime, Phases, slowest
+from bigmodel.metrics.phases import CompileTime, Phases, lags, slowest
 from bigmodel.metrics.profiling import Profiler
 from bigmodel.metrics.progress import LiveLine
 from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, Seat, StepRecord, new_start
@@ -461,6 +461,7 @@ def _step_record(
 ) -> StepRecord:
     """measured: the fields that do not follow from the step's data and sums."""
     slowest_rank, lag = slowest(sums.busy_seconds)
+    lag_ms, lag_ranks = lags(sums.busy_seconds)
     return StepRecord(
         step=step.number + 1,
         targets=step.num_labels,
@@ -487,6 +488,8 @@ def _step_record(
         host_joules=None if math.isnan(sums.joules.host) else sums.joules.host,
         slowest_rank=slowest_rank,
         slowest_rank_lag_seconds=lag,
+        lag_ms=lag_ms,
+        lag_ranks=lag_ranks,
         **measured,
     )
 

@@ -29,7 +29,7 @@ from bigmodel.metrics.flops import (
     measure_peak_flops,
     step_flops,
 )
-from bigmodel.metrics.phases import CompileTime, Phases, slowest
+from bigmodel.metrics.phases import CompileTime, Phases, lags, slowest
 from bigmodel.training.zero.wrapping import wrap_blocks
 from tests.model.test_encoder_decoder import ENCODER_DECODERS, ONE_SIDE, PAIRS, TEXTS, TWO_SIDES
 from tests.support.example_batches import batch_of, model_of, plan_of, text
@@ -296,6 +296,15 @@ def test_a_phase_may_be_entered_by_the_thread_that_runs_the_backward() -> None:
 )
 def test_the_slowest_rank_and_its_lag(busy: list[float], answer: tuple) -> None:
     assert slowest(busy) == answer
+
+
+def test_lags_are_those_of_all_ranks_or_of_the_slowest_of_many() -> None:
+    assert lags([1.0]) == ((), ())
+    assert lags([0.5, 0.1, 0.2, 0.25]) == ((300.0, -100.0, 0.0, 50.0), ())
+    milliseconds, ranks = lags([0.1 + 0.001 * (7 * rank % 100) for rank in range(100)])
+    assert ranks[:3] == (57, 14, 71)
+    assert milliseconds[:3] == (50.0, 49.0, 48.0)
+    assert len(milliseconds) == len(ranks) == 16
 
 
 def test_time_in_the_compiler_is_counted() -> None:

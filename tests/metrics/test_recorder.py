@@ -60,11 +60,12 @@ STEPS = [
         unweighted_loss=2.5,
         loss_scale=1024.0,
         sampled_share=0.25,
-        expert_loads=ExpertLoads((1.5, 2.0), (0.75, 0.875), 4.0),
+        expert_loads=ExpertLoads((1.5, 2.0), (0.75, 0.875), 4.0, first_layer=3),
         device_joules=100.0 * number,
         host_joules=2.6,
         slowest_rank=1,
         slowest_rank_lag_seconds=0.125,
+        lag_ms=(0.0, 125.0),
         norms={"attention": {"weight_norm": 3.0, "update_norm": 0.25, "l1_norm": 7.0, "zero_ratio": 0.5}},
     )
     for number in (1, 2, 3)
@@ -367,8 +368,9 @@ def test_a_step_line_holds_the_whole_record(tmp_path: Path) -> None:
     assert line.pop("spent") == {}
     assert 1e7 < line.pop("memory")["resident_bytes"] < 1e11
     line["flops"], line["parts"] = Flops(**line["flops"]), tuple(LossGroup(**part) for part in line["parts"])
-    largest, entropy, z = line["expert_loads"].values()
-    line["expert_loads"] = ExpertLoads(tuple(largest), tuple(entropy), z)
+    line |= {name: tuple(line[name]) for name in ("lag_ms", "lag_ranks")}
+    largest, entropy, z, first = line["expert_loads"].values()
+    line["expert_loads"] = ExpertLoads(tuple(largest), tuple(entropy), z, first)
     assert StepRecord(**line) == STEPS[0]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigmodel.inspect.growing_file import GrowingFile
-from bigmodel.inspect.page.step_table import Columns, floats, leaves, of_experts, of_parts, read_steps
+from bigmodel.inspect.page.step_table import Columns, by_place, floats, leaves, of_experts, of_parts, read_steps
 from bigmodel.inspect.step_lines import runs_of_lines
 from bigmodel.metrics.run_accounting import CAUSES, RunAccounting
 
@@ -34,12 +34,13 @@ SECONDS_BY_CAUSE = itemgetter("productive", *CAUSES)
 NEEDED = ("step", "time", "lap", "data_wait_seconds", "compile_seconds")
 FEWEST_LINES = 8  # that are read together
 GROUPS = {"phases": "phase", "memory": "memory", "flops": "flops"}  # tables of numbers in a line -> prefix of a column
+LISTS = ("lag_ms", "lag_ranks")  # lists of numbers in a line, a column for each place
 
 
 class RunHistory:
     """Columns by name: those of NUMBERS, "phase/forward", "memory/...", "flops/...", "labels/OBJECTIVE/SOURCE" and
-    "nats/...", "norm/LAYERS/...", "experts/LAYER" (`step_table.of_experts`), "experts/...". NaN: not in the line, or
-    not finite."""
+    "nats/...", "norm/LAYERS/...", "lag_ms/PLACE", "experts/LAYER" (`step_table.of_experts`), "experts/...". NaN: not in
+    the line, or not finite."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
@@ -125,6 +126,9 @@ class RunHistory:
         for name, labels, nats in of_parts(columns["parts"]):
             self._extend(f"labels/{name}", labels)
             self._extend(f"nats/{name}", nats)
+        for group in LISTS:
+            for place, values in enumerate(by_place(columns.get(group))):
+                self._extend(f"{group}/{place}", values)
         for name, values in of_experts(columns.get("expert_loads")):
             self._extend(f"experts/{name}", values)
         self.num_steps += len(lines)
@@ -180,8 +184,12 @@ class RunHistory:
             self._put("nats", names, [_mean(part) for part in parts])
         for layers, norms in (line.get("norms") or {}).items():
             self._put(f"norm/{layers}", tuple(norms), norms.values())
+        for group in LISTS:
+            if values := line.get(group):
+                self._put(group, tuple(map(str, range(len(values)))), values)
         if loads := line.get("expert_loads"):
-            layers = tuple(map(str, range(len(loads["largest"]))))
+            first = loads.get("first_layer", 0)  # absent in lines of earlier versions
+            layers = tuple(map(str, range(first, first + len(loads["largest"]))))
             self._put(
                 "experts",
                 (*layers, "entropy", "router_z"),

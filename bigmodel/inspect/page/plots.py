@@ -279,16 +279,22 @@ def _phases(run: RunHistory, of: str) -> Plot:
 def _lag(run: RunHistory, of: str) -> HeatMap:
     world = max((int(line["world_size"]) for line in run.starts()), default=1)
     step, lag = run.column("step"), run.column("slowest_rank_lag_seconds")
-    note = "longest work of a step's slowest rank above the middle rank; other ranks of the step are not recorded"
+    note = "longest work above that of the middle rank; of more than 64 ranks, of the 16 slowest of each step"
     title = f"Lag by rank{of}"
     rank = run.column("slowest_rank")
     rows = max(world, 1 + int(np.nanmax(rank))) if np.isfinite(rank).any() else world
-    return HeatMap(f"lag{of}", title, "seconds", rows, step, [(rank, lag)], note=note, marks=restarts(run))
+    cells = [(rank, lag)]  # runs of earlier versions have no others
+    for name in run.names("lag_ms/"):
+        place = name.removeprefix("lag_ms/")
+        ranks = run.column(f"lag_ranks/{place}")
+        cells.append((np.where(np.isfinite(ranks), ranks, float(place)), run.column(name) / 1000))
+    return HeatMap(f"lag{of}", title, "seconds", rows, step, cells, note=note, marks=restarts(run))
 
 
-def _loads_by_layer(run: RunHistory) -> list[Floats]:
-    """(steps,) for each layer with experts: the largest load over the mean."""
-    return [run.column(name) for name in run.names("experts/") if name.removeprefix("experts/").isdigit()]
+def _loads_by_layer(run: RunHistory) -> dict[int, Floats]:
+    """Layer with experts -> (steps,) the largest load over the mean."""
+    names = [name.removeprefix("experts/") for name in run.names("experts/")]
+    return {int(name): run.column(f"experts/{name}") for name in names if name.isdigit()}
 
 
 def _uneven_layers(run: RunHistory, of: str) -> HeatMap:

@@ -52,19 +52,25 @@ def leaves(values: pyarrow.Array | None) -> Iterator[tuple[str, Floats]]:
 
 
 def of_experts(loads: pyarrow.Array | None) -> Iterator[tuple[str, Floats]]:
-    """Of the lines' `expert_loads`, by name, (lines,) each: LAYER, the largest load over the mean; "entropy" of the
-    layer where it is lowest; "router_z"."""
+    """Of the lines' `expert_loads`, by name, (lines,) each: LAYER of the model, the largest load over the mean;
+    "entropy" of the layer where it is lowest; "router_z"."""
     if loads is None or not pyarrow.types.is_struct(loads.type):
         return
     told = dict(zip(loads.type.names, loads.flatten(), strict=True))
-    largest, entropy = (by_layer(told[name]) for name in ("largest", "entropy"))
-    yield from ((str(layer), values) for layer, values in enumerate(largest))
+    largest, entropy = (by_place(told[name]) for name in ("largest", "entropy"))
+    firsts = (
+        floats(told["first_layer"]) if "first_layer" in told else np.zeros(0)
+    )  # absent in lines of earlier versions
+    first = int(np.nanmax(firsts)) if np.isfinite(firsts).any() else 0
+    yield from ((str(layer), values) for layer, values in enumerate(largest, start=first))
     yield "entropy", np.fmin.reduce(entropy)
     yield "router_z", floats(told["router_z"])
 
 
-def by_layer(values: pyarrow.ListArray) -> Floats:
-    """Lists of numbers as (layers, lines), NaN behind the end of a list."""
+def by_place(values: pyarrow.Array | None) -> Floats:
+    """Lists of numbers as (places, lines), NaN behind the end of a list. Lines without lists: (0, 0)."""
+    if values is None or not pyarrow.types.is_list(values.type):
+        return np.zeros((0, 0))
     lengths = np.nan_to_num(floats(values.value_lengths())).astype(np.int64)
     found = np.full((len(values), lengths.max(initial=0)), np.nan)
     found[np.arange(found.shape[1]) < lengths[:, None]] = floats(values.flatten())

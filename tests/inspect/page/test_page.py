@@ -214,7 +214,8 @@ def test_no_time_is_missing_before_a_restart_that_drops_steps(tmp_path: Path) ->
     assert shares == pytest.approx(np.ones(len(shares)), abs=1e-5)
 
 
-def test_the_heat_map_has_each_rank_s_longest_lag(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lines", [5, 12])  # fewer than 8 are read one by one, more as a table
+def test_the_heat_map_has_each_rank_s_longest_lag(tmp_path: Path, lines: int) -> None:
     found = blocks(data_of(write_page([write(tmp_path / "run", killed_and_resumed())], tmp_path / "page.html")))
     block = found["lag"]
     cells = np.frombuffer(base64.b64decode(block["cells"]), "<f4").reshape(12, 2)
@@ -222,6 +223,21 @@ def test_the_heat_map_has_each_rank_s_longest_lag(tmp_path: Path) -> None:
         [0.0 if number % 3 == 0 else np.float32(number / 1000), np.float32(number / 1000) if number % 3 == 0 else 0.0]
         for number in range(1, 13)
     ]
+    run = Run()
+    run.start(0, None)
+    for number in range(1, lines + 1):
+        lags = (
+            {"lag_ms": [3.0, -1.0, 0.0, float(number)]} if number % 2 else {"lag_ms": [5.0, 4.0], "lag_ranks": [3, 1]}
+        )
+        run.add(line(number, slowest_rank=3, slowest_rank_lag_seconds=0.0, **lags))
+    block = blocks(content([open_run(write(tmp_path / "ranks", run))]))["lag"]
+    cells = 1000 * np.frombuffer(base64.b64decode(block["cells"]), "<f4").reshape(lines, 4)
+    assert cells == pytest.approx(
+        np.array([[3, 0, 0, number] if number % 2 else [0, 4, 0, 5] for number in range(1, lines + 1)])
+    )
+
+
+def test_of_more_ranks_than_rows_neighbours_share_one() -> None:
     ranks, steps = np.arange(1000.0) % 200, np.arange(1.0, 1001.0)
     many = HeatMap("lag", "", "", 200, steps, [(ranks, steps)]).encoded(1)
     cells = np.frombuffer(base64.b64decode(many["cells"]), "<f4").reshape(240, -1)
