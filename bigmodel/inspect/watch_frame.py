@@ -13,6 +13,7 @@ from rich.text import Text
 
 from bigmodel.inspect.braille import braille, smooth
 from bigmodel.inspect.watched_run import NEVER, WatchedRun
+from bigmodel.metrics.run_accounting import of_experts
 from bigmodel.printed import one_line
 from bigmodel.sizes import byte_size, counted_noun, duration, short_number
 
@@ -217,10 +218,11 @@ def _ranks(run: WatchedRun) -> Iterator[Text]:
 
 
 def _experts(run: WatchedRun) -> Iterator[Text]:
-    """The layer whose experts have the most uneven loads, counted from the first layer with experts."""
-    if loads := run.step.get("expert_loads"):
-        most, layer = max((load, -layer) for layer, load in enumerate(loads["largest"]))
-        yield Text(f"experts: the largest load is {most:.2f} times the mean, in layer {-layer}")
+    """The layer whose experts have the most uneven loads, by its number in the model."""
+    if run.step.get("expert_loads"):
+        found = of_experts(run.step)
+        most, layer = found["expert_load_ratio"], found["expert_load_layer"]
+        yield Text(f"experts: the largest load is {most:.2f} times the mean, in layer {layer}")
 
 
 def _checkpoints(run: WatchedRun) -> Iterator[Text]:

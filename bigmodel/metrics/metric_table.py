@@ -93,6 +93,7 @@ RUN = (
         "expert_load_ratio", "gauge", "Largest load of an expert in the last step over the mean load of its layer, in "
         "the most uneven layer; 1 is even",
     ),
+    Metric("expert_load_layer", "gauge", "The layer of that load, N of blocks.N"),
     Metric(
         "expert_load_entropy_ratio", "gauge", "Entropy of the loads of experts in the last step over that of even "
         "loads, in the layer where it is lowest; 1 is even, 0 is one expert for all tokens",

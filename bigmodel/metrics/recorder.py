@@ -66,11 +66,12 @@ class Flops(NamedTuple):
 
 
 class ExpertLoads(NamedTuple):
-    """Of a step's tokens, over all ranks, without padding. Tuples: by layer with experts, from the first."""
+    """Of a step's tokens, over all ranks, without padding. Tuples: by layer with experts."""
 
     largest: tuple[float, ...]  # the largest load of an expert, divided by the mean load: 1 is even
     entropy: tuple[float, ...]  # of the loads, divided by that of even loads: 1 is even, 0 all to one expert
     router_z: float  # mean of logsumexp(logits)^2 over labels and layers
+    first_layer: int = 0  # the layer of the first numbers, as in blocks.N of the model; the others follow it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

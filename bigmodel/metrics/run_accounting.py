@@ -335,8 +335,10 @@ def of_experts(line: Mapping[str, Any]) -> dict[str, float]:
     """The most uneven layer of a step's line; empty for a model without experts."""
     if not (loads := line.get("expert_loads")):  # absent in lines of earlier versions
         return {}
+    largest = max(loads["largest"])
     return {
-        "expert_load_ratio": max(loads["largest"]),
+        "expert_load_ratio": largest,
+        "expert_load_layer": loads.get("first_layer", 0) + loads["largest"].index(largest),
         "expert_load_entropy_ratio": min(loads["entropy"]),
         "router_z": loads["router_z"],
     }

@@ -23,6 +23,7 @@ class ExpertBalance:
     def __init__(self, model: Transformer) -> None:
         layers = mixtures(model)
         self._model, self._shape = model, (len(layers), layers[0].settings.count if layers else 0)
+        self._first_layer = layers[0].settings.first_dense_layers if layers else 0
 
     def begin(self) -> None:
         """Forget the step before."""
@@ -43,10 +44,10 @@ class ExpertBalance:
         loads_LE = torch.tensor(loads, dtype=torch.float64).view(self._shape)
         if not skip:
             balance(self._model, loads_LE.to(self._model.embedding.weight.device))
-        return describe(loads_LE.tolist(), z_sum / weight)
+        return describe(loads_LE.tolist(), z_sum / weight, self._first_layer)
 
 
-def describe(loads_LE: Sequence[Sequence[float]], z_mean: float) -> ExpertLoads:
+def describe(loads_LE: Sequence[Sequence[float]], z_mean: float, first_layer: int = 0) -> ExpertLoads:
     """z_mean: of the labels, added up over the layers. Four decimals: a step's line has two numbers per layer.
 
     Example: loads 3, 1, 0, 0 of one layer: largest 3, entropy 0.406 (0.811 of 2 bits).
@@ -58,4 +59,4 @@ def describe(loads_LE: Sequence[Sequence[float]], z_mean: float) -> ExpertLoads:
         largest.append(round(max(shares) * len(shares), 4))
         bits = -math.fsum(share * math.log(share) for share in shares if share)
         entropy.append(round(bits / math.log(len(shares)), 4) if len(shares) > 1 else 1.0)
-    return ExpertLoads(tuple(largest), tuple(entropy), z_mean / len(loads_LE))
+    return ExpertLoads(tuple(largest), tuple(entropy), z_mean / len(loads_LE), first_layer)

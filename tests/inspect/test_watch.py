@@ -186,7 +186,7 @@ def test_a_frame_has_the_numbers_of_the_run(recorded: Path) -> None:
     assert f"{1012 / 0.5 / 1000:.1f}k tokens/s" in text
     assert f"MFU {6e6 / 0.5 / 1e9:.1%}" in text
     assert "next at step 48" in text
-    assert "experts: the largest load is 2.00 times the mean, in layer 1" in text
+    assert "experts: the largest load is 2.00 times the mean, in layer 4" in text
     assert re.search(r"goodput \d+\.\d% of .*; lost: ", text)
     assert "⠁" <= max(text) <= "⣿"  # the curve
 

@@ -179,6 +179,7 @@ EXPECTED = {
     "loss_scale": 1024,
     "sampled_input_ratio": 0.25,
     "expert_load_ratio": 2.0,
+    "expert_load_layer": 4,
     "expert_load_entropy_ratio": 0.75,
     "router_z": 4.0,
     "energy_joules_total|device": 600,

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from bigmodel.metrics.run_accounting import of_experts
 from bigmodel.training.expert_balance import ExpertBalance, describe
 from tests.model.test_experts import batch_of, gradients, model_of
 
@@ -41,7 +42,27 @@ def test_a_model_without_experts_has_no_sums() -> None:
 
 def test_loads_are_described_by_their_largest_and_their_entropy() -> None:
     loads = describe([[3.0, 1.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, 9.0, 0.0, 0.0]], 6.0)
-    assert loads == ((3.0, 1.0, 4.0), (0.4056, 1.0, 0.0), 2.0)
+    assert loads == ((3.0, 1.0, 4.0), (0.4056, 1.0, 0.0), 2.0, 0)
+
+
+def test_a_router_that_prefers_an_expert_is_told_with_its_layer_of_the_model() -> None:
+    """The alert BigmodelExpertsCollapsed asks for an evenness below 0.7."""
+    model = model_of(num_layers=4, experts={"first_dense_layers": 1})
+    balance = ExpertBalance(model)
+    found = []
+    for _ in range(2):
+        balance.begin()
+        gradients(model, [batch_of(range(4))])
+        record = balance.move(balance.take(), 55.0, skip=True)
+        assert record
+        found.append(of_experts({"expert_loads": record._asdict()}))
+        model.blocks[2].feed_forward.router.register_forward_hook(
+            lambda module, inputs, logits_TE: logits_TE + torch.tensor([0.0, 100.0, 100.0, 0.0])
+        )
+    sound, collapsed = found
+    assert sound["expert_load_entropy_ratio"] > 0.7
+    assert collapsed["expert_load_entropy_ratio"] == 0.5
+    assert (collapsed["expert_load_ratio"], collapsed["expert_load_layer"]) == (2.0, 2)
 
 
 def test_the_loads_of_a_large_model_are_a_kilobyte_of_a_step_s_line() -> None:

@@ -162,7 +162,7 @@ def experts(runs: Runs) -> list[Drawn]:
 
     def over_layers(join: Callable[[list[Floats]], Floats]) -> Callable[[RunHistory], Points]:
         def points(run: RunHistory) -> Points:
-            layers = _loads_by_layer(run)
+            layers = [*_loads_by_layer(run).values()]
             return run.column("step"), join(layers) if layers else np.zeros(0)
 
         return points
@@ -300,11 +300,11 @@ def _loads_by_layer(run: RunHistory) -> dict[int, Floats]:
 def _uneven_layers(run: RunHistory, of: str) -> HeatMap:
     layers = _loads_by_layer(run)
     step = run.column("step")
-    cells = [(np.full(len(step), float(place)), load - 1.0) for place, load in enumerate(layers)]
+    cells = [(np.full(len(step), float(layer)), load - 1.0) for layer, load in layers.items()]
     title, unit = f"Largest load of an expert, by layer{of}", "share above the mean load of the layer"
-    note = "layers with experts only, from the first"
-    marks = restarts(run)
-    return HeatMap(f"experts{of}", title, unit, len(layers), step, cells, "layer", "share", note, marks)
+    note = "layers of the model, as in blocks.N; empty: without experts"
+    marks, rows = restarts(run), 1 + max(layers, default=-1)
+    return HeatMap(f"experts{of}", title, unit, rows, step, cells, "layer", "share", note, marks)
 
 
 def _causes(run: RunHistory, of: str) -> Plot:

@@ -251,6 +251,19 @@ def test_a_heat_map_has_the_load_of_each_layer_s_fullest_expert(tmp_path: Path) 
     assert (block["row"], block["rows"], block["height"]) == ("layer", 2, 1)
 
 
+@pytest.mark.parametrize("lines", [5, 12])  # fewer than 8 are read one by one, more as a table
+def test_layers_with_experts_are_those_of_the_model(tmp_path: Path, lines: int) -> None:
+    run = Run()
+    run.start(0, None)
+    for number in range(1, lines + 1):
+        made = line(number)
+        run.add(made | {"expert_loads": {**made["expert_loads"], "first_layer": 2}})
+    block = blocks(content([open_run(write(tmp_path / "run", run))]))["experts"]
+    cells = np.frombuffer(base64.b64decode(block["cells"]), "<f4").reshape(lines, 4)
+    assert not cells[:, :2].any()
+    assert cells[:, 2:].tolist() == [[0.5, number / 8] for number in range(1, lines + 1)]
+
+
 def test_a_run_without_experts_has_no_plots_of_them(tmp_path: Path) -> None:
     run = Run()
     run.start(0, None)
