@@ -1,7 +1,7 @@
 """The alerts of configs/prometheus/rules.yml with shorter times, so that real faults fire them within a test.
 
-A time is a window such as `[5m]`, a duration after `for:`, or `N * 60` and `N * 3600` seconds. All times of an alert
-are divided by one number; thresholds, labels and everything else stay.
+A time is a window such as `[5m]` or `[5m:15s]`, a duration after `for:`, or `N * 60` and `N * 3600` seconds. All times
+of an alert are divided by one number; thresholds, labels and everything else stay.
 """
 
 import re
@@ -23,7 +23,9 @@ def alerts() -> dict[str, dict[str, Any]]:
 
 def shortened(rule: Mapping[str, Any], divisor: float) -> dict[str, Any]:
     """The alert with all its times divided."""
-    expression = re.sub(r"\[(\d+)([smh])\]", lambda found: f"[{_duration(found[1], found[2], divisor)}]", rule["expr"])
+    expression = re.sub(
+        r"([\[:])(\d+)([smh])(?=[:\]])", lambda found: found[1] + _duration(found[2], found[3], divisor), rule["expr"]
+    )
     expression = re.sub(r"\b(\d+) \* (60|3600)\b", rf"\1 * \2 / {divisor:g}", expression)
     times = {"for": _duration(rule["for"][:-1], rule["for"][-1], divisor)} if "for" in rule else {}
     return {**rule, "expr": expression, **times}

@@ -32,7 +32,8 @@ class Fault:
 
     backward: the gradient of the output is not finite, and the output is. spoilt: data steps whose loss is not finite
     on any rank; spoilt_in: a file with more of them, which may come later, but before these steps. loud_in: the same
-    for steps that are loud. journal: gets the Unix time at which the fault happened."""
+    for steps that are loud. slow_in: while this file is there, each document takes 50 ms to read. journal: gets the
+    Unix time at which the fault happened."""
 
     kind: str = ""
     rank: int = 1
@@ -47,6 +48,7 @@ class Fault:
     spoilt: tuple[int, ...] = ()
     spoilt_in: Path | None = None
     loud_in: Path | None = None
+    slow_in: Path | None = None
     journal: Path | None = None
 
     def spoils(self, step: int) -> bool:
@@ -112,6 +114,8 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
                 limit_files(resource.RLIM_INFINITY)
             return super().micro_batch(batch, num_labels / 2000 if fault.is_loud(self.at) else num_labels, last)
 
+    if fault.slow_in:
+        slow_down_reading(fault.slow_in)
     loop.Engine, loop.Stream = Engine, Stream  # type: ignore[assignment, misc]
     return command(arguments, output)
 
@@ -147,6 +151,19 @@ def stall(fault: Fault, model: Any) -> None:
 
     fault.happens()
     ReadAhead.document = lambda self, *place: threading.Event().wait()  # type: ignore[assignment, method-assign]
+
+
+def slow_down_reading(file: Path) -> None:
+    from bigmodel.data.load.readahead import ReadAhead
+
+    read = ReadAhead.document
+
+    def document(self: Any, *place: Any) -> Any:
+        if file.exists():
+            time.sleep(0.05)
+        return read(self, *place)
+
+    ReadAhead.document = document  # type: ignore[assignment, method-assign]
 
 
 def fill_disk(fault: Fault, model: Any) -> None:

@@ -39,6 +39,7 @@ DIVISORS = {
     "BigmodelRestartLoop": 90,  # in 40 s
     "BigmodelGoodputLow": 240,  # over 15 s, for 7.5 s
     "BigmodelStraggler": 100,  # over 3 s, for 3 s
+    "BigmodelWaitsForData": 200,  # in 3 s, for 3 s
     "BigmodelLossNotFinite": 120,  # in 5 s
     "BigmodelLossSpikes": 360,  # in 5 s
     "BigmodelCheckpointOld": 1000,  # 10.8 s
@@ -65,7 +66,7 @@ class Fleet:
         """Start, and wait for the addresses."""
         kill(self.ranks)
         arguments = ["train", str(self.run_file)]
-        told = {"spoilt_in": "spoilt", "loud_in": "loud"}
+        told = {"spoilt_in": "spoilt", "loud_in": "loud", "slow_in": "slow"}
         fault = Fault(**{kind: self.folder / name for kind, name in told.items()})
         self.ranks = start_ranks(world_size, train, fault, arguments, self.folder / "out", ranks_per_node=2)
         until(lambda: len(self.nodes()) == (world_size + 1) // 2, f"the addresses: {self.printed()}", 120)
@@ -227,6 +228,17 @@ def test_alerts_fire_by_real_faults_and_name_rank_and_node(fleet: Fleet) -> None
     fleet.fires("BigmodelRunGone")
     fleet.start()
     fleet.is_resolved("BigmodelRunGone")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_run_whose_reading_is_slow_is_told(fleet: Fleet) -> None:
+    fleet.start(2)
+    until(lambda: len(fleet.prometheus.ask("bigmodel_rank_step > 5")) == 2, f"steps: {fleet.printed()}", 120)
+    (fleet.folder / "slow").touch()
+    fleet.fires("BigmodelWaitsForData")
+    (fleet.folder / "slow").unlink()
+    fleet.is_resolved("BigmodelWaitsForData")
 
 
 @pytest.mark.long
