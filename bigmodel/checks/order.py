@@ -21,7 +21,7 @@ from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.sharing import Place
 from bigmodel.data.plan.shuffle import Chunk, lengths_in, neighbour_distance
 from bigmodel.data.store.shards import ShardStore
-from bigmodel.training.checkpoint.format import newest_state
+from bigmodel.training.checkpoint.folder import newest_state
 
 WORLDS = ((2, 1), (3, 1), (4, 2), (8, 8), (8, 2), (64, 8))  # ranks, ranks per node
 ORDER_STEPS = 20  # compared byte for byte

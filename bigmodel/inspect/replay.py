@@ -36,6 +36,7 @@ from bigmodel.inspect.replay_text import Outputs, Replayed, compared, in_words, 
 from bigmodel.run_directory import changes, package_versions
 from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.folder import newest_state
 from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.expert_balance import ExpertBalance
 from bigmodel.training.learning_rate import betas, learning_rate
@@ -165,7 +166,7 @@ def _order_at(
             f"{begun + 1} to {later[0]} can be computed again from it; step {step} needs a checkpoint from step "
             f"{later[-1]} on"
         )
-    latest = checkpoint.newest_state(record.directory / "checkpoints")
+    latest = newest_state(record.directory / "checkpoints")
     segments = (latest or {"segments": []})["segments"]
     try:
         if begun in plans:

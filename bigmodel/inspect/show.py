@@ -36,7 +36,7 @@ from bigmodel.inspect.show_augmentation import augmentation_text
 from bigmodel.inspect.show_classes import classes_table, packs_of_run
 from bigmodel.model.attention_masks import mask_matrices
 from bigmodel.sizes import byte_size
-from bigmodel.training.checkpoint.format import newest_state
+from bigmodel.training.checkpoint.folder import newest_state
 
 
 def show_batch(settings: Settings, step: int, png: Path | None) -> None:

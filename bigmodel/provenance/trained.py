@@ -23,8 +23,7 @@ from bigmodel.data.plan.segments import order_of_segment
 from bigmodel.data.store.manifest import MANIFEST
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.run_directory import read_json, read_json_lines
-from bigmodel.training.checkpoint import format as checkpoint
-from bigmodel.training.checkpoint.folder import path_of, steps
+from bigmodel.training.checkpoint.folder import newest_state, path_of, state_of, steps
 from bigmodel.training.spikes import declared_in
 
 DIGESTS = "order_digests.jsonl"
@@ -70,7 +69,7 @@ class Run:
         if not file.exists():
             raise UserError(f"{directory}: no run directory: it has no settings.json; give the run.directory of a run")
         settings = settings_from_table(read_json(file), file, saved=True)
-        state = checkpoint.newest_state(directory / "checkpoints") or _from_digests(directory / DIGESTS)
+        state = newest_state(directory / "checkpoints") or _from_digests(directory / DIGESTS)
         if state is None:
             raise UserError(
                 f"{directory}: no checkpoint yet, so no step is kept; train until checkpoint.every_steps is reached, "
@@ -158,7 +157,7 @@ class Run:
         folder = self.directory / "checkpoints"
         for saved in reversed([one for one in steps(folder) if order.first_step < one <= step]):
             try:
-                state = checkpoint.open_checkpoint(path_of(folder, saved)).state
+                state = state_of(path_of(folder, saved))
             except (OSError, ValueError, LookupError):
                 continue
             if len(state["segments"]) == number + 1 and state["cursor"]["fingerprint"] == order.fingerprint:

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from bigmodel.config.settings import SpikeSettings, UserError
-from bigmodel.metrics.run_accounting import usual_of
 from bigmodel.run_directory import read_json, write_json
-from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.folder import path_of, state_of, steps
 
 SIGNALS = ("loss", "gradient_norm")
 FILE = "left_out.json"
+SIGMA_OF_MEDIAN_DISTANCE = 1.4826  # for normally distributed values
+LEAST_DEVIATION = 1e-3  # of the median
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,10 @@ def forget(directory: Path) -> None:
 def remove_trained_on(directory: Path, rewinds: Sequence[Rewind]) -> None:
     """Remove the checkpoints in `directory` that were trained on steps that are left out now. On rank 0 of the run that
     owns them. Damaged ones stay, for `checkpoint.newest` to report."""
-    for step in checkpoint.steps(directory) if rewinds else ():
-        path = checkpoint.path_of(directory, step)
+    for step in steps(directory) if rewinds else ():
+        path = path_of(directory, step)
         try:
-            known = declared_in(checkpoint.open_checkpoint(path).state)
+            known = declared_in(state_of(path))
         except (OSError, ValueError, LookupError):
             continue
         if any(one.first <= step and one not in known for one in rewinds):

@@ -15,6 +15,9 @@ from bigmodel.data.plan.order import READ_BEFORE, Order
 from bigmodel.data.plan.segments import resume_order
 from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.data.store.shards import ShardStore
+from bigmodel.inspect.page.page import open_run
+from bigmodel.inspect.page.planned_documents import planned_documents
+from bigmodel.inspect.page.tables import worst_steps
 from bigmodel.provenance import seen
 from bigmodel.provenance.digests import read_digests, verify, write_digests
 from bigmodel.provenance.export import export
@@ -111,6 +114,22 @@ def test_steps_of_a_document_and_documents_of_a_step_agree(trained: Path, shards
     step = min(steps_of[place])
     assert any(f" {source}:shard.{shard:05}.mds:{row} " in line for line in lines_of(seen.show_step, run, step))
     assert "without an update: left out" in lines_of(seen.show_step, run, 10)[0]
+
+
+def test_the_page_s_worst_steps_have_the_documents_that_were_planned(trained: Path, shards: Path) -> None:
+    store, run = ShardStore(shards, "train"), trained.with_suffix("")
+    expected = {
+        number: [[store.sources[c.source], c.shard, c.row, c.start, c.length] for pack in step for c in pack]
+        for number, step in enumerate(planned(trained, shards), start=1)
+    }
+    assert planned_documents(open_run(run), range(1, 15)) == expected, "steps 13 and 14 are not reached"
+    assert planned_documents(open_run(run), range(1, 15), most_chunks=0) == {}
+    rows = worst_steps(open_run(run), "")["rows"]
+    assert len(rows) >= 5
+    for step, *_, documents, _ in rows:
+        source, shard, row, first, length = expected[int(step)][0]
+        assert documents.startswith(f"{source} {shard}:{row}, tokens {first} to {first + length}; "), step
+        assert f"; and {len(expected[int(step)]) - 8} more: bigmodel seen {run} --step {step}" in documents
 
 
 def test_a_text_is_told_with_the_steps_that_trained_its_tokens(trained: Path, shards: Path) -> None:

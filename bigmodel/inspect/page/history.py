@@ -57,6 +57,7 @@ class RunHistory:
         self._num_firm = 0  # lines up to the last one that is in its place in time, whatever steps a restart drops
         self.others: dict[str, list[dict[str, Any]]] = {}  # kind -> lines that are no steps
         self.num_steps = 0
+        self.documents: dict[int, list[list[Any]]] = {}  # of steps, as `planned_documents` found them
 
     def update(self) -> bool:
         """Read on; whether there was anything new."""

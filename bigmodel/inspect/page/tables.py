@@ -17,6 +17,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.inspect.braille import smooth
 from bigmodel.inspect.page.drawing import Floats
 from bigmodel.inspect.page.history import RunHistory
+from bigmodel.inspect.page.planned_documents import planned_documents
 from bigmodel.inspect.page.plots import Runs
 from bigmodel.inspect.report import replay_command
 from bigmodel.pictures import CAUSES
@@ -93,8 +94,8 @@ def causes(run: RunHistory, of: str) -> Table:
 def worst_steps(run: RunHistory, of: str) -> Table:
     """Skipped and spiking steps by events.jsonl, steps that are not finite, and those of the largest gradient norms.
 
-    The documents are those of the events, else by the command that lists them: it plans the step again, which may take
-    minutes in a long run. `bigmodel replay` weighs them."""
+    The documents are those of the events, else planned again, where that is cheap; else there is the command that lists
+    them, which may take minutes in a long run. `bigmodel replay` weighs them."""
     reasons: dict[int, list[str]] = {}
     documents: dict[int, list[Any]] = {}
     events = list(read_json_lines(run.directory / "events.jsonl"))
@@ -117,12 +118,14 @@ def worst_steps(run: RunHistory, of: str) -> Table:
         return float(norm) if math.isfinite(norm) else math.inf
 
     chosen = sorted(reasons, key=lambda step: -norm_of(step))[:MOST_WORST]
+    told = {step: found for step, found in documents.items() if found}
+    documents = planned_documents(run, [step for step in chosen if step not in told]) | told
     rows = [
         [
             f"{step:,}",
             *(_at(numbers[name], places.get(step)) for name in ("loss", "gradient_norm")),
             "; ".join(dict.fromkeys(reasons[step])),
-            _documents(documents.get(step, [])) or f"bigmodel seen {shell_word(run.directory)} --step {step}",
+            _documents(documents.get(step, []), f"bigmodel seen {shell_word(run.directory)} --step {step}"),
             replay_command(run.directory, step, events),
         ]
         for step in chosen
@@ -131,11 +134,14 @@ def worst_steps(run: RunHistory, of: str) -> Table:
     return table(f"worst{of}", f"Worst steps{of}", columns, rows, code=[5])
 
 
-def _documents(found: Sequence[Any]) -> str:
-    """Chunks as SOURCE SHARD:ROW, from the first token on."""
-    shown = [f"{source} {shard}:{row}, from token {first}" for source, shard, row, first, _ in found[:MOST_DOCUMENTS]]
+def _documents(found: Sequence[Any], command: str) -> str:
+    """Chunks as SOURCE SHARD:ROW and their tokens, the last of which is a label only. command: lists all of them."""
+    shown = [
+        f"{source} {shard}:{row}, tokens {first} to {first + length}"
+        for source, shard, row, first, length in found[:MOST_DOCUMENTS]
+    ]
     more = len(found) - len(shown)
-    return "; ".join(shown) + (f"; and {more} more in events.jsonl" if more else "")
+    return "; ".join([*shown, *([f"and {more} more: {command}"] if more else [])]) or command
 
 
 def changes_between_starts(run: RunHistory, of: str) -> Table:

@@ -4,6 +4,7 @@ In: a folder on a file system shared by all ranks. Out: its published checkpoint
 writes. Guarantee: a manifest is taken only if its bytes are those that were written, and its format is ours.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -30,6 +31,22 @@ def steps(directory: Path) -> list[int]:
     found = Path(directory).glob("step-*") if Path(directory).is_dir() else iter(())
     numbers = [int(path.name[5:]) for path in found if path.name[5:].isdecimal() and path.is_dir()]
     return sorted(step for step in set(numbers) if path_of(directory, step).is_dir())
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """The caller's state of a checkpoint, without verifying its files. Raises `OSError`, `ValueError` or `LookupError`
+    if it or the manifest is damaged, `UserError` for another format."""
+    if problem := read_manifest(path)[1]:
+        raise ValueError(f"{path}: {problem}")
+    return dict(json.loads((path / "state.json").read_bytes())["state"])
+
+
+def newest_state(directory: Path) -> dict[str, Any] | None:
+    """The state of the newest readable checkpoint; None if there is none."""
+    for step in reversed(steps(directory)):
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            return state_of(path_of(directory, step))
+    return None
 
 
 def remove_partials(directory: Path) -> None:

@@ -272,14 +272,6 @@ def set_aside(directory: Path, remote: str = "") -> Path | None:
     return aside
 
 
-def newest_state(directory: Path) -> dict[str, Any] | None:
-    """The state of the newest readable checkpoint, without its weights; None if there is none."""
-    for step in reversed(steps(directory)):
-        with contextlib.suppress(OSError, ValueError, LookupError):
-            return open_checkpoint(path_of(directory, step)).state
-    return None
-
-
 def _check_file(path: Path, facts: Mapping[str, Any]) -> list[str]:
     try:
         found: dict[str, Any] = {"bytes": path.stat().st_size}

@@ -341,7 +341,7 @@ def test_the_worst_steps_have_their_documents_and_the_command_that_explains_them
             "1.6",
             "0.4",
             "step skipped: spike",
-            "code 3:17, from token 0",
+            "code 3:17, tokens 0 to 250",
             f"bigmodel replay {folder} --step 5 --checkpoint 0",
         )
     ], "no checkpoint is kept: replay refuses the command without one"
