@@ -163,7 +163,7 @@ def slow_down_reading(file: Path) -> None:
             time.sleep(0.05)
         return read(self, *place)
 
-    ReadAhead.document = document  # type: ignore[assignment, method-assign]
+    ReadAhead.document = document  # type: ignore[method-assign]
 
 
 def fill_disk(fault: Fault, model: Any) -> None:

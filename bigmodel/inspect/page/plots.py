@@ -281,13 +281,12 @@ def _lag(run: RunHistory, of: str) -> HeatMap:
     step, lag = run.column("step"), run.column("slowest_rank_lag_seconds")
     note = "longest work above that of the middle rank; of more than 64 ranks, of the 16 slowest of each step"
     title = f"Lag by rank{of}"
-    rank = run.column("slowest_rank")
-    rows = max(world, 1 + int(np.nanmax(rank))) if np.isfinite(rank).any() else world
-    cells = [(rank, lag)]  # runs of earlier versions have no others
+    cells = [(run.column("slowest_rank"), lag)]  # runs of earlier versions have no others
     for name in run.names("lag_ms/"):
         place = name.removeprefix("lag_ms/")
         ranks = run.column(f"lag_ranks/{place}")
         cells.append((np.where(np.isfinite(ranks), ranks, float(place)), run.column(name) / 1000))
+    rows = max([world, *(1 + int(rank[np.isfinite(rank)].max(initial=-1)) for rank, _ in cells)])
     return HeatMap(f"lag{of}", title, "seconds", rows, step, cells, note=note, marks=restarts(run))
 
 
