@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bigmodel.config.huggingface import CLASSES, DEFAULTS, differences, write_config
@@ -14,6 +15,7 @@ from bigmodel.config.settings import DataSettings, ModelSettings, UserError
 from bigmodel.data.load.batch import IGNORED, Batch
 from bigmodel.data.objectives.examples import Pair
 from bigmodel.model.huggingface.folder import read_folder
+from bigmodel.model.huggingface.start import StartWeights, read_settings
 from bigmodel.model.huggingface.weights import from_transformers, names_of, to_theirs
 from bigmodel.model.transformer import Transformer
 from tests.support.example_batches import batch_of, text
@@ -287,7 +289,7 @@ def test_modules_of_glm_for_multi_token_prediction_are_left_out() -> None:
     _, wanted = from_transformers(theirs.config.to_dict(), state)
     assert weights.keys() == wanted.keys()
     del more["model.layers.2.eh_proj.weight"]
-    with pytest.raises(UserError, match="without a counterpart in our model: model.layers.2.mlp.gate.weight"):
+    with pytest.raises(UserError, match=r"without a counterpart in our model: model.layers.2.mlp.gate.weight"):
         from_transformers(theirs.config.to_dict(), more)
 
 
@@ -467,3 +469,30 @@ def test_a_weight_in_two_shards_is_refused(folder: Path) -> None:
     save_file({**load_file(first), **load_file(second)}, second)
     with pytest.raises(UserError, match=f"{second.name}: has again .*; download the folder again"):
         read_folder(folder)
+
+
+def test_a_file_is_opened_for_many_weights_and_again_after_a_number_of_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = model_of("mixtral")
+    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
+    opened: list[str] = []
+
+    def counting(path: Path, **options: Any) -> Any:
+        opened.append(path.name)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr("bigmodel.model.huggingface.folder.safe_open", counting)
+    settings = read_settings(tmp_path)
+    opened.clear()
+    weights = StartWeights(tmp_path, settings)
+    for name in weights:
+        weights.read(name)
+    num_weights = len(theirs.state_dict())
+    assert len(set(opened)) == 2
+    assert len(opened) < num_weights, "for names, types, shapes and values together"
+    few = len(opened)
+    monkeypatch.setattr("bigmodel.model.huggingface.folder.OPEN_BYTES", 0)
+    for name in weights:
+        weights.read(name)
+    assert len(opened) - few >= num_weights - 1, "each weight exceeds 0 bytes"

@@ -1,8 +1,9 @@
 """Folders of Hugging Face: config.json with weights in safetensors files.
 
 In and out: `config.json`, and `model.safetensors`, or several files with `model.safetensors.index.json`. Guarantees: a
-folder appears whole, by one rename; files and bytes are a pure function of weights and arguments. Costs: reading and
-writing hold one tensor at a time: a file is closed after each, because the pages of an open one stay in memory.
+folder appears whole, by one rename; files and bytes are a pure function of weights and arguments. Costs: writing holds
+one tensor at a time; reading has one file open, for `OPEN_BYTES` of its weights, because pages that were read stay in
+memory until it is closed. A mixture of experts has thousands of weights in a file, in the order of its layers.
 """
 
 import json
@@ -24,6 +25,7 @@ from bigmodel.run_directory import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BESIDE = "mtp.safetensors"  # no reader of the class opens it
+OPEN_BYTES = 1 << 30
 MAX_BYTES = 5 << 30  # of a file, as transformers writes them
 WRITTEN = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32", torch.int64: "I64",
@@ -40,6 +42,8 @@ class FolderWeights(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = _files_by_name(folder)
+        self._open: Any = None
+        self._file, self._bytes = "", 0  # the open one, and the bytes of its weights that were asked for
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -50,8 +54,11 @@ class FolderWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         file = self._files[name]
         try:
-            with safe_open(self.folder / file, framework="pt") as opened:
-                return opened.get_tensor(name)
+            if file != self._file or self._bytes > OPEN_BYTES:
+                self._open, self._file, self._bytes = safe_open(self.folder / file, framework="pt"), file, 0
+            weight: Tensor = self._open.get_tensor(name)
+            self._bytes += weight.nbytes
+            return weight
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.folder / file}: {name}: cannot be read: {error}; download it again") from None
 
