@@ -207,8 +207,8 @@ RANKS = Dashboard(
                 _one(
                     "Waiting for others",
                     "percentunit",
-                    "Share of each rank's time in communication: low where a rank is slow",
-                    f'rate(bigmodel_phase_seconds_total{{job="bigmodel",run=~"$run",node=~"$node",phase="communication"}}{WINDOW})',
+                    "Share of each rank's time in communication and exchange: low where a rank is slow",
+                    f'sum without(phase)(rate(bigmodel_phase_seconds_total{{job="bigmodel",run=~"$run",node=~"$node",phase=~"communication|exchange"}}{WINDOW}))',
                     OF_RANK,
                 ),
                 _one("Step", "none", "The last step that each rank has ended", _metric("rank_step", NODE), OF_RANK),

@@ -353,7 +353,11 @@ class MetricsSettings(Section):
     attention_scores: bool = Field(
         False, description="the largest attention score of each step; on a CPU it costs a third product of attention"
     )
-    norms_every_steps: int = Field(100, ge=0, description="steps between measurements of weight norms; 0: never")
+    norms_every_steps: int = Field(
+        100,
+        ge=0,
+        description="steps between measurements of weight norms, and of the load of each expert; 0: never",
+    )
     writers: list[Literal["tensorboard", "wandb", "csv", "comet", "mlflow"]] = Field(
         [],
         description="further formats, in the run directory or, by the clients' own variables, on a server; install the "

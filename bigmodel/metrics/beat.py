@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-PHASES = ("", "data", "forward", "backward", "communication", "optimizer", "evaluation", "checkpoint")
+PHASES = (
+    "", "data", "forward", "backward", "communication", "optimizer", "evaluation", "checkpoint", "exchange",
+)  # fmt: skip
 FIELDS = struct.Struct("4d")
 FIRST_STEPS = 2
 NUMBERS = {name: float(number) for number, name in enumerate(PHASES)}

@@ -176,8 +176,9 @@ RANK = (
     Metric("rank_step", "gauge", "The last step that the rank ended", ("rank",)),
     Metric("step_duration_seconds", "histogram", "Wall time of a step, waiting for data included", ("rank",)),
     Metric(
-        "phase_seconds", "counter", "Where the rank's time went; on a GPU forward, backward, communication and "
-        "optimizer are the device's own time", ("rank", "phase"),
+        "phase_seconds", "counter", "Where the rank's time went; exchange: rows on their way between "
+        "ranks that share experts; on a GPU forward, backward, communication, exchange and optimizer are the device's "
+        "own time", ("rank", "phase"),
     ),
     Metric("rank_busy_seconds", "counter", "Forward, backward and optimizer, waiting left out", ("rank",)),
     Metric("process_resident_bytes", "gauge", "Memory of the rank's process", ("rank",)),

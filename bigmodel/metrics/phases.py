@@ -4,8 +4,8 @@
     phases.take()                     seconds by phase since the last call
 
 On a CPU, and for phases of the host (waiting for data, evaluation, checkpoint), the host's clock. On a GPU forward,
-backward, communication and optimizer are timed by two CUDA events on the current stream. Nothing waits for an event:
-a later `take` counts it. Cost: 2 microseconds per phase on a CPU.
+backward, communication, exchange (of rows between ranks that share experts) and optimizer are timed by two CUDA events
+on the current stream. Nothing waits for an event: a later `take` counts it. Cost: 2 microseconds per phase on a CPU.
 """
 
 import heapq

@@ -114,6 +114,7 @@ class StepRecord:
     clipped_heads: int | None = None  # query heads whose scores optimizer.qk_clip limits in this step
     sampled_share: float | None = None  # of decoder inputs that scheduled sampling replaces
     expert_loads: ExpertLoads | None = None  # of a model with experts
+    loads_by_expert: dict[str, list[int]] | None = None  # layer -> in percent of its mean load, at measured steps
     device_joules: float | None = None  # of all GPUs since the step before; None: not all have a counter
     host_joules: float | None = None  # the same of all nodes' processors
 

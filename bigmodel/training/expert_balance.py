@@ -20,10 +20,13 @@ class ExpertBalance:
     """Call `begin` before a step's micro-batches, `take` after them, and `move` after the update. Does nothing for a
     model without experts."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, every_steps: int = 0) -> None:
+        """every_steps: between measurements of the load of each expert; 0: never."""
         layers = mixtures(model)
         self._model, self._shape = model, (len(layers), layers[0].settings.count if layers else 0)
         self._first_layer = layers[0].settings.first_dense_layers if layers else 0
+        self._every_steps = every_steps
+        self._loads_LE: list[list[float]] = []
 
     def begin(self) -> None:
         """Forget the step before."""
@@ -44,7 +47,21 @@ class ExpertBalance:
         loads_LE = torch.tensor(loads, dtype=torch.float64).view(self._shape)
         if not skip:
             balance(self._model, loads_LE.to(self._model.embedding.weight.device))
-        return describe(loads_LE.tolist(), z_sum / weight, self._first_layer)
+        self._loads_LE = loads_LE.tolist()
+        return describe(self._loads_LE, z_sum / weight, self._first_layer)
+
+    def by_expert(self, step: int) -> dict[str, list[int]] | None:
+        """Of the loads last moved: layer of the model, as in blocks.N -> the load of each expert, in percent of the
+        layer's mean; None at steps that are not measured. `step` counts from 1."""
+        if not self._loads_LE or not self._every_steps or step % self._every_steps:
+            return None
+        return {str(layer): percents(loads) for layer, loads in enumerate(self._loads_LE, start=self._first_layer)}
+
+
+def percents(loads: Sequence[float]) -> list[int]:
+    """Example: loads 3, 1, 0, 0: 300, 100, 0, 0."""
+    mean = math.fsum(loads) / len(loads) or 1.0
+    return [round(100 * load / mean) for load in loads]
 
 
 def describe(loads_LE: Sequence[Sequence[float]], z_mean: float, first_layer: int = 0) -> ExpertLoads:

@@ -170,7 +170,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     start = _find_start(settings, store, place, engine, world, fresh, new_plan)
     refuse_another(model.teacher, start.state)
     pruner = Pruner(settings.pruning, engine, start.step)
-    scores, experts = AttentionScores(model, settings, world), ExpertBalance(model)
+    scores, experts = AttentionScores(model, settings, world), ExpertBalance(model, settings.metrics.norms_every_steps)
     metrics = _open_metrics(settings, start.step, seat, fresh, engine, world)
     closing.callback(metrics.close)
     phases.entered = metrics.enter
@@ -268,6 +268,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             largest_attention_score=clip.largest_score,
             clipped_heads=0 if bad and clip.num_heads else clip.num_heads,
             expert_loads=expert_loads,
+            loads_by_expert=experts.by_expert(done),
             sampled_share=sampling.share_at(step.number) if sampling else None,
             slow_rank=slow_rank.see(sums.busy_seconds),
         )

@@ -65,6 +65,18 @@ def test_a_router_that_prefers_an_expert_is_told_with_its_layer_of_the_model() -
     assert (collapsed["expert_load_ratio"], collapsed["expert_load_layer"]) == (2.0, 2)
 
 
+def test_the_load_of_each_expert_is_recorded_at_measured_steps_by_the_model_s_layers() -> None:
+    model = model_of(experts={"first_dense_layers": 1})
+    balance = ExpertBalance(model, every_steps=10)
+    assert balance.by_expert(10) is None, "nothing was counted"
+    balance.move([6.0, 30.0, 10.0, 1.0, 0.0], 1.0, skip=False)
+    assert balance.by_expert(20) == {"1": [293, 98, 10, 0]}
+    assert balance.by_expert(21) is None
+    never = ExpertBalance(model)
+    never.move([6.0, 30.0, 10.0, 1.0, 0.0], 1.0, skip=True)
+    assert never.by_expert(20) is None
+
+
 def test_the_loads_of_a_large_model_are_a_kilobyte_of_a_step_s_line() -> None:
     loads_LE = [[1 + (7 * layer + 13 * expert) % 97 for expert in range(256)] for layer in range(61)]
     assert len(json.dumps(describe(loads_LE, 6.0)._asdict())) < 1100

@@ -18,7 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigmodel.inspect.growing_file import GrowingFile
-from bigmodel.inspect.page.step_table import Columns, by_place, floats, leaves, of_experts, of_parts, read_steps
+from bigmodel.inspect.page.step_table import (
+    Columns,
+    by_expert,
+    by_place,
+    floats,
+    leaves,
+    of_experts,
+    of_parts,
+    read_steps,
+)
 from bigmodel.inspect.step_lines import runs_of_lines
 from bigmodel.metrics.run_accounting import CAUSES, RunAccounting
 
@@ -58,6 +67,8 @@ class RunHistory:
         self.others: dict[str, list[dict[str, Any]]] = {}  # kind -> lines that are no steps
         self.num_steps = 0
         self.documents: dict[int, list[list[Any]]] = {}  # of steps, as `planned_documents` found them
+        # Of the steps that measured it: step, and layer of the model -> (experts,) load in percent of the mean.
+        self.loads_by_expert: list[tuple[float, dict[int, NDArray[np.int32]]]] = []
 
     def update(self) -> bool:
         """Read on; whether there was anything new."""
@@ -132,12 +143,19 @@ class RunHistory:
                 self._extend(f"{group}/{place}", values)
         for name, values in of_experts(columns.get("expert_loads")):
             self._extend(f"experts/{name}", values)
+        for place, found in by_expert(columns.get("loads_by_expert")):
+            self._add_loads(steps[place], found)
         self.num_steps += len(lines)
         self._moments.extend(moments)
         causes = [after.get(cause, [self.seconds[cause]] * len(lines)) for cause in ("productive", *CAUSES)]
         self._seconds.frombytes(np.array(causes).T.tobytes())
         self._num_firm = len(self._moments)
         return True
+
+    def _add_loads(self, step: float, loads: Mapping[str, Sequence[int]]) -> None:
+        self.loads_by_expert.append(
+            (float(step), {int(layer): np.array(one, np.int32) for layer, one in loads.items()})
+        )
 
     def _extend(self, name: str, values: Floats) -> None:
         """Put the values of the lines behind the last ones, with NaN for lines before that had none."""
@@ -196,6 +214,8 @@ class RunHistory:
                 (*layers, "entropy", "router_z"),
                 [*loads["largest"], min(loads["entropy"]), loads["router_z"]],
             )
+        if found := line.get("loads_by_expert"):
+            self._add_loads(line["step"], found)
         self.num_steps += 1
 
     def _put(self, prefix: str, names: tuple[Any, ...], values: Iterable[float | None]) -> None:

@@ -179,6 +179,7 @@ def experts(runs: Runs) -> list[Drawn]:
         _lines(runs, "expert-entropy", "Evenness of the experts' loads", of_even, entropy),
         _lines(runs, "router-z", "Routers' mean of logsumexp(logits)²", "per label and layer", z),
         *(_uneven_layers(run, _of(run, runs)) for run in runs),
+        *(_loads_of_layer(run, _of(run, runs)) for run in runs if run.loads_by_expert),
     ]
 
 
@@ -304,6 +305,19 @@ def _uneven_layers(run: RunHistory, of: str) -> HeatMap:
     note = "layers of the model, as in blocks.N; empty: without experts"
     marks, rows = restarts(run), 1 + max(layers, default=-1)
     return HeatMap(f"experts{of}", title, unit, rows, step, cells, "layer", "share", note, marks)
+
+
+def _loads_of_layer(run: RunHistory, of: str) -> HeatMap:
+    """Expert by step, of the layer whose loads were the most uneven when last measured."""
+    last = run.loads_by_expert[-1][1]
+    layer = max(last, key=lambda one: last[one].max())
+    measured = [(step, loads[layer]) for step, loads in run.loads_by_expert if layer in loads]
+    step, loads_SE = np.array([at for at, _ in measured]), np.array([loads for _, loads in measured]) / 100
+    cells = [(np.full(len(step), float(expert)), loads_S) for expert, loads_S in enumerate(loads_SE.T)]
+    title, unit = f"Load of each expert, layer {layer}{of}", "times the mean load of the layer"
+    note = "the layer with the largest load when last measured; measured every metrics.norms_every_steps steps"
+    marks = restarts(run)
+    return HeatMap(f"expert-loads{of}", title, unit, len(cells), step, cells, "expert", "", note, marks)
 
 
 def _causes(run: RunHistory, of: str) -> Plot:

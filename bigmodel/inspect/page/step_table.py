@@ -67,6 +67,14 @@ def of_experts(loads: pyarrow.Array | None) -> Iterator[tuple[str, Floats]]:
     yield "router_z", floats(told["router_z"])
 
 
+def by_expert(loads: pyarrow.Array | None) -> Iterator[tuple[int, dict[str, list[int]]]]:
+    """Of the lines' `loads_by_expert`, those that are there: place of the line, and layer -> load of each expert."""
+    if loads is None or not pyarrow.types.is_struct(loads.type):
+        return
+    for place in np.flatnonzero(loads.is_valid().to_numpy(zero_copy_only=False)).tolist():
+        yield place, {layer: found for layer, found in loads[place].as_py().items() if found}
+
+
 def by_place(values: pyarrow.Array | None) -> Floats:
     """Lists of numbers as (places, lines), NaN behind the end of a list. Lines without lists: (0, 0)."""
     if values is None or not pyarrow.types.is_list(values.type):

@@ -96,7 +96,7 @@ def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 class Ranks(NamedTuple):
-    """The sharing ranks, and the phases that count their exchanges as communication."""
+    """The sharing ranks, and the phases that count their exchanges."""
 
     group: Any
     size: int
@@ -128,7 +128,7 @@ def _route(offsets_E1: Tensor, num_held: int, num_rows: int, ranks: Ranks) -> Ro
     """Exchange the counts of rows. Waits for the device, once."""
     counts_NP = offsets_E1.diff().view(ranks.size, num_held)
     received_NP = torch.empty_like(counts_NP)
-    with ranks.phases("communication"):
+    with ranks.phases("exchange"):
         dist.all_to_all_single(received_NP, counts_NP, group=ranks.group)
     sent, received = torch.stack([counts_NP.sum(1), received_NP.sum(1)]).tolist()
     device = offsets_E1.device
@@ -159,7 +159,7 @@ class Exchange(torch.autograd.Function):
 def _send(x_AH: Tensor, route: Route) -> Tensor:
     got_RH = x_AH.new_empty(sum(route.received), x_AH.shape[1])
     given = x_AH[: sum(route.sent)].contiguous()
-    with route.ranks.phases("communication"):
+    with route.ranks.phases("exchange"):
         dist.all_to_all_single(got_RH, given, list(route.received), list(route.sent), group=route.ranks.group)
     return got_RH[route.order_R]
 
@@ -167,7 +167,7 @@ def _send(x_AH: Tensor, route: Route) -> Tensor:
 def _return(y_RH: Tensor, route: Route) -> Tensor:
     out_AH = y_RH.new_zeros(route.num_rows, y_RH.shape[1])
     given = y_RH[route.places_R]
-    with route.ranks.phases("communication"):
+    with route.ranks.phases("exchange"):
         dist.all_to_all_single(
             out_AH[: sum(route.sent)], given, list(route.sent), list(route.received), group=route.ranks.group
         )

@@ -48,6 +48,7 @@ def line(number: int, loss: float = 2.0, **changes: Any) -> dict[str, Any]:
         device_joules=50.0 * number,
         largest_attention_score=number / 2,
         expert_loads={"largest": [1.5, 1 + number / 8], "entropy": [0.75, 1 / number], "router_z": number / 4},
+        loads_by_expert=None if number % 4 else {"1": [100, 75, 125], "2": [3 * number, 100, 300 - 3 * number]},
     )
     return made | changes
 
@@ -163,7 +164,7 @@ def test_a_file_read_at_once_gives_what_its_lines_give_one_by_one(tmp_path: Path
     norms = {"attention": {"weight_norm": 2.5, "update_norm": 0.1}}
     for number in range(1, 61):
         odd = {30: {"loss": math.nan, "gradient_norm": -math.inf}, 31: {"norms": norms, "z_loss": 1}, 32: {"parts": []}}
-        odd |= {33: {"expert_loads": None}}
+        odd |= {33: {"expert_loads": None}, 36: {"loads_by_expert": {"0": [7]}}}
         more = {"spent": {"checkpoint": 0.1 * number}, "data_wait_seconds": 1 / (2 + number), "compile_seconds": 0.001}
         more["lap"] = 0.5 + 1 / number
         run.add(line(number, **{"loss": 8.0 / number} | more | odd.get(number, {})))
@@ -195,6 +196,9 @@ def test_a_file_read_at_once_gives_what_its_lines_give_one_by_one(tmp_path: Path
     names = single.names("")
     assert sorted(at_once.names("")) == sorted(names)
     assert all(np.array_equal(at_once.column(name), single.column(name), equal_nan=True) for name in names)
+    assert [step for step, _ in single.loads_by_expert] == [step for step, _ in at_once.loads_by_expert]
+    assert str(single.loads_by_expert) == str(at_once.loads_by_expert)
+    assert [*dict(single.loads_by_expert)[36]] == [0]
     assert at_once.seconds == single.seconds
     for one, other in zip(at_once.seconds_over_time(), single.seconds_over_time(), strict=True):
         assert np.array_equal(one, other)
@@ -264,11 +268,24 @@ def test_layers_with_experts_are_those_of_the_model(tmp_path: Path, lines: int) 
     assert cells[:, 2:].tolist() == [[0.5, number / 8] for number in range(1, lines + 1)]
 
 
+def test_a_heat_map_has_each_expert_of_the_layer_that_is_most_uneven_at_the_end(tmp_path: Path) -> None:
+    block = blocks(content([open_run(write(tmp_path / "run", killed_and_resumed()))]))["expert-loads"]
+    cells = np.frombuffer(base64.b64decode(block["cells"]), "<f4").reshape(3, 3)
+    assert cells.tolist() == np.float32([[0.12, 1, 2.88], [0.24, 1, 2.76], [0.36, 1, 2.64]]).tolist()
+    assert (block["title"], block["row"], block["rows"]) == ("Load of each expert, layer 2", "expert", 3)
+    long = Run()
+    long.start(0, None)
+    for number in range(1, 1201):
+        long.add(line(number, loads_by_expert=None if number % 4 else {"3": [number % 7] * 70}))
+    page = blocks(content([open_run(write(tmp_path / "long", long))]))["expert-loads"]
+    assert (page["rows"], page["height"], len(page["cells"])) == (70, 2, 240 * 35 * 4 * 4 // 3)
+
+
 def test_a_run_without_experts_has_no_plots_of_them(tmp_path: Path) -> None:
     run = Run()
     run.start(0, None)
     for number in range(1, 21):
-        run.add(line(number, expert_loads=None))
+        run.add(line(number, expert_loads=None, loads_by_expert=None))
     titles = [section["title"] for section in content([open_run(write(tmp_path / "run", run))])["sections"]]
     assert "Learning" in titles
     assert "Experts" not in titles
