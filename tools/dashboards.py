@@ -208,7 +208,8 @@ RANKS = Dashboard(
                     "Waiting for others",
                     "percentunit",
                     "Share of each rank's time in communication and exchange: low where a rank is slow",
-                    f'sum without(phase)(rate(bigmodel_phase_seconds_total{{job="bigmodel",run=~"$run",node=~"$node",phase=~"communication|exchange"}}{WINDOW}))',
+                    "sum without(phase)(rate(bigmodel_phase_seconds_total"
+                    f'{{job="bigmodel",run=~"$run",node=~"$node",phase=~"communication|exchange"}}{WINDOW}))',
                     OF_RANK,
                 ),
                 _one("Step", "none", "The last step that each rank has ended", _metric("rank_step", NODE), OF_RANK),
