@@ -159,7 +159,8 @@ class Dissection:
             kept = torch.zeros_like(batch.labels, dtype=torch.bool)
             for chunk, where in spans:
                 kept[where.targets] = chunk.source == source
-            own = replace(batch, labels=torch.where(kept, batch.labels, IGNORED))
+            weights = None if batch.weights is None else torch.where(kept, batch.weights, 0)
+            own = replace(batch, labels=torch.where(kept, batch.labels, IGNORED), weights=weights)
             self._engine.micro_batch(own, self._weight, number == len(self._batches))
         norm = self._engine.gradient_norm()
         self._drop()

@@ -200,10 +200,11 @@ def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
 
 @torch.no_grad()
 def balance(model: nn.Module, loads_LE: Tensor) -> None:
-    """Move loads and biases by the loads of a whole step, over all ranks (L, E), after its update."""
+    """Move loads and biases by the loads of a whole step, over all ranks (L, E), after its update. A frozen router
+    keeps its bias: its choice of experts is frozen too."""
     for layer, load_E in zip(mixtures(model), loads_LE.double(), strict=True):
         router, mean = layer.router, load_E.mean()
         if router.load is not None:  # an empty step would divide by 0: it has no labels, and is refused before
             router.load.copy_(load_E / mean * router.even)
-        if router.bias is not None:
+        if router.bias is not None and router.weight.requires_grad:
             router.bias.add_((mean - load_E).sign().to(router.bias), alpha=layer.settings.bias_rate)

@@ -506,7 +506,9 @@ class Transformer(nn.Module):
             weight = self.settings.mtp_loss_weight / len(self.extra_blocks) / max(1, result.numel())
             result = result + weight * (extra - extra.detach())
         routing = next((view.routing for view in views.values()), None)
-        return self._balanced(result, routing) if routing is not None and routing.records else result
+        if output == "loss_sum" and routing is not None and routing.records:
+            result = self._balanced(result, routing)
+        return result
 
     def _balanced(self, result: Tensor, routing: Routing) -> Tensor:
         """With the gradient of the balance of experts; counts their loads."""

@@ -56,7 +56,7 @@ def step_demand(context: "Context", packs: int = 0, of_pack: PackWork | None = N
     settings, effective, ranks = context.settings, context.effective, context.ranks
     packs = packs or ramp_of(settings.training)[-1][1]
     parameters = parameters_of(settings, context.vocabulary)
-    passes = passes_per_weight(parameters, settings.model.tied_embeddings)
+    passes = passes_per_weight(parameters, settings.model)
     of_pack = of_pack or pack_work(settings, context.manifest)
     work = Work(*(count * packs for count in of_pack.work))
     sizes = (settings.data.sequence_length, settings.data.source_sequence_length)
@@ -107,14 +107,17 @@ def num_blocks(model: ModelSettings) -> int:
     return model.num_layers * (2 if model.is_recurrent and model.has_source else 1) + model.num_mtp_modules + encoder
 
 
-def passes_per_weight(parameters: list[Parameter], tied: bool) -> float:
+def passes_per_weight(parameters: list[Parameter], model: ModelSettings) -> float:
     """Passes of a token through a matrix, forward and backward: no gradient of a frozen one is computed. Adapters count
-    as passes through theirs. `tied`: the embedding is the output matrix too."""
+    as passes through theirs, of experts as many as a token passes, a tied embedding as the output matrix."""
+    tied, experts = model.tied_embeddings, model.experts
+    active = experts.per_token / experts.count if experts else 1.0
     matrices = [one for one in parameters if one.role == "matrix" or (tied and one.name == "embedding.weight")]
     if all(one.is_trained for one in matrices):
         return 3.0
-    own = sum(one.numel for one in matrices if ".lora." not in one.name)
-    return sum(one.numel * (2 + one.is_trained) for one in matrices) / own
+    passed = [(one, one.numel * (active if one.is_of_experts else 1)) for one in matrices]
+    own = sum(numel for one, numel in passed if ".lora." not in one.name)
+    return sum(numel * (2 + one.is_trained) for one, numel in passed) / own
 
 
 def checkpoint_bytes(context: "Context", parameters: list[Parameter]) -> int:

@@ -40,15 +40,18 @@ def passes(model: nn.Module) -> float:
     """Passes of a token through the model's own matrices, forward and backward: 3 if all are trained.
 
     The gradient of a frozen matrix is not computed. Adapters count as passes through the matrices that they belong to.
+    Of experts count as many as a token passes.
     """
+    experts = getattr(model.settings, "experts", None)
+    active = experts.per_token / experts.count if experts else 1.0
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     used = [
         id(module.weight) for module in model.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)
     ]
     matrices = {
-        name: (size_of(parameter), parameter.requires_grad)
+        name: (size_of(parameter) * (active if parameter_rank(parameter) == 3 else 1), parameter.requires_grad)
         for name, parameter in model.named_parameters()
-        if parameter_rank(parameter) == 2 and (id(parameter) not in embedded or used.count(id(parameter)) > 1)
+        if parameter_rank(parameter) >= 2 and (id(parameter) not in embedded or used.count(id(parameter)) > 1)
     }
     if all(is_trained for _, is_trained in matrices.values()):
         return 3

@@ -190,6 +190,17 @@ def test_balance_changes_the_gradient_of_routers_and_not_the_loss() -> None:
             assert ("router" not in name) or not torch.allclose(gradient, without[name], rtol=1e-3), name
 
 
+def test_only_the_loss_sum_has_the_gradient_of_the_balance_and_counts_loads() -> None:
+    found = []
+    for experts in ({"balance_weight": 0.5, "router_z_weight": 0.1}, {"balance": "none"}):
+        model = tilted(**experts)
+        model(batch_of(range(2)), "logits").sum().backward()
+        assert model.loads_LE == 0.0
+        found.append({name: one.grad for name, one in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+
+
 def test_the_balance_loss_is_its_formula() -> None:
     layer, batch = mixtures(tilted(**UNEVEN))[0], batch_of(range(2))
     x_TH = torch.randn(2 * SIZE, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -216,6 +227,14 @@ def test_loads_and_biases_move_by_the_loads_of_the_step() -> None:
     first, second = (layer.router.bias for layer in mixtures(model))
     assert first.tolist() == [-0.5, 0.0, 0.5, 0.5]
     assert second.tolist() == [0.5, -0.5, 0.0, 0.0]
+
+
+def test_a_frozen_router_keeps_its_bias() -> None:
+    """In one layer frozen, in the other not."""
+    model = model_of(experts={"balance": "bias", "bias_rate": 0.25})
+    mixtures(model)[0].router.weight.requires_grad = False
+    balance(model, torch.tensor([[30, 10, 0, 0]] * 2))
+    assert [layer.router.bias.tolist() for layer in mixtures(model)] == [[0.0] * 4, [-0.25, 0.0, 0.25, 0.25]]
 
 
 def test_a_bias_changes_the_choice_and_not_the_weights() -> None:

@@ -116,11 +116,16 @@ def test_both_sides_of_an_encoder_decoder_are_counted() -> None:
     assert (found.pairs, found.source_pairs, found.cross_pairs) == tuple(pairs)
 
 
-@pytest.mark.parametrize("sections", [{}, {"training": {"freeze": ["blocks.1"]}}, {"lora": {"rank": 4}}])
+FREEZES = {"training": {"freeze": ["blocks.1"]}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "experts"), [({}, None), (FREEZES, None), ({"lora": {"rank": 4}}, None), (FREEZES, {"count": 4})]
+)
 @pytest.mark.parametrize("tied", [True, False])
-def test_passes_per_weight_are_those_that_training_counts(sections: dict[str, Any], tied: bool) -> None:
-    settings = Settings.model_validate({"model": MODEL | {"tied_embeddings": tied}, **sections})
-    found = passes_per_weight(parameters_of(settings, VOCABULARY), tied)
+def test_passes_per_weight_are_those_that_training_counts(sections: dict[str, Any], experts: Any, tied: bool) -> None:
+    settings = Settings.model_validate({"model": MODEL | {"tied_embeddings": tied, "experts": experts}, **sections})
+    found = passes_per_weight(parameters_of(settings, VOCABULARY), settings.model)
     assert found == pytest.approx(passes(model_without_memory(settings, VOCABULARY)))
     assert (found == 3) == (not sections)
 

@@ -111,6 +111,18 @@ def test_a_frozen_weight_is_passed_twice_and_a_trained_one_three_times() -> None
     assert passes(one) == 2
 
 
+def test_of_frozen_experts_a_token_passes_its_own_only() -> None:
+    """One of 4 experts, frozen, is a quarter of their weights; those of the other 3 have no part in it."""
+    one = model_of(experts={"count": 4, "per_token": 1, "width": 40, "normalize_weights": False})
+    names = {name: p for name, p in one.named_parameters() if p.dim() >= 2 and name != "embedding.weight"}
+    sizes = {name: p.numel() / (4 if p.dim() == 3 else 1) for name, p in names.items()}
+    for name, parameter in names.items():
+        parameter.requires_grad = ".experts." not in name
+    frozen = sum(size for name, size in sizes.items() if ".experts." in name)
+    assert frozen == 2 * 3 * 32 * 40, "2 layers, gate, up and down of one expert"
+    assert passes(one) == pytest.approx(3 - frozen / sum(sizes.values()))
+
+
 @torch.no_grad()
 def lost(one: Transformer, batch: Batch) -> float:
     return float(one(batch))
