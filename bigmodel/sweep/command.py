@@ -6,8 +6,9 @@ In: a run file, widths, an output folder. Out:
     OUT/runs/RUNG.json         a finished rung          OUT/sweep.json       rungs, law, prediction; after each rung
     OUT/sweep.png              losses over compute
 
-Guarantees: a finished rung is not repeated, a stopped one resumes from its checkpoint; the prediction is written before
-the target is run. One sweep at a time works on a folder. Imports no torch: the runs are processes of their own.
+Guarantees: a finished rung is not repeated, a stopped one resumes from its checkpoint, one that outlives a killed sweep
+is waited for; rungs of other settings are refused; the prediction is written before the target is run. One sweep at a
+time works on a folder. Imports no torch: the runs are processes of their own.
 """
 
 import json
@@ -27,16 +28,20 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from bigmodel.config.settings import Settings, UserError, load_settings
+from bigmodel.config.secret_text import without_secrets_inside
+from bigmodel.config.settings import Settings, UserError, load_settings, to_toml_table
+from bigmodel.launcher.record import is_taken
 from bigmodel.planning.context import vocabulary_of
 from bigmodel.planning.scaling import law_of
-from bigmodel.run_directory import EXIT_STOPPED, lock, read_json, read_json_lines, write_json
+from bigmodel.run_directory import EXIT_STOPPED, changes, lock, read_json, read_json_lines, write_json
 from bigmodel.sizes import counted_noun, short_number
+from bigmodel.sweep.interval import extrapolation
 from bigmodel.sweep.ladder import Rung, ladder, target_of
-from bigmodel.sweep.law import Fit, Run, fit, form_of, interval
+from bigmodel.sweep.law import Fit, Run, fit, form_of
 from bigmodel.sweep.picture import draw
 
 SHARE = 0.9  # of the interval
+NUMBERS = ("width", "num_layers", "steps", "rate", "parameters", "tokens")  # of a finished rung's file, beside its loss
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ def climbed(options: Options, rungs: Sequence[Rung], target: Rung, console: Cons
         found = finished(options, rung, rung.name)
         if found is None:
             return None
+        if found["loss"] is None:
+            console.print(f"{rung.name}: its validation loss is not finite; the law is without it")
         results[rung.name] = found
         table = written(options, rungs, target, results)
     show(console, rungs, target, table)
@@ -144,26 +151,61 @@ def finished(options: Options, rung: Rung, name: str) -> dict[str, Any] | None:
     """The result of a rung; trains it if it is not there. None: stopped. Raises `UserError`."""
     file, directory = options.out / "runs" / f"{name}.json", options.out / "runs" / name
     given = [*options.override, *rung.overrides, f"run.directory={json.dumps(str(directory))}"]
+    settings = without_secrets_inside(to_toml_table(load_settings(options.run_file, given)))
     if file.exists():
-        done = dict(read_json(file))
-        if done.get("overrides") != given:
-            raise UserError(
-                f"{file}: this rung was trained with other settings; choose another --out, or delete the file and "
-                f"{directory}"
-            )
-        return done
+        return recorded(file, directory, settings)
     began = time.monotonic()
     words = [sys.executable, "-m", "bigmodel", "launch", "local", str(options.run_file), "--ranks", str(options.ranks)]
     words += [word for override in given for word in ("--set", override)]
     log = options.out / "runs" / f"{name}.log"
-    code = launched(words, log)
+    code = launched(words, log) if wait_for_rest(directory) else EXIT_STOPPED
     if code in (EXIT_STOPPED, -signal.SIGTERM):
         return None
     if code:
         raise UserError(f"{name}: `bigmodel launch local` ended with {code}: {last_line(log)} ({log})")
-    result = result_of(directory) | {"seconds": round(time.monotonic() - began, 1), "overrides": given}
-    write_json(file, asdict(rung) | result)
-    return asdict(rung) | result
+    result = asdict(rung) | result_of(directory) | {"seconds": round(time.monotonic() - began, 1)}
+    write_json(file, result | {"settings": settings})
+    return result
+
+
+def recorded(file: Path, directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The result in a finished rung's file. Raises `UserError` where it is of other settings, or cannot be read."""
+    done = read_json(file)
+    is_whole = isinstance(done, dict) and isinstance(done.get("settings"), dict)
+    if not (
+        is_whole and all(is_number(done.get(name)) for name in NUMBERS) and is_number(done.get("loss"), or_none=True)
+    ):
+        raise UserError(
+            f"{file}: is not of this version's `bigmodel sweep`; delete it: the run in {directory} is not trained again"
+        )
+    for name, then, now in changes(done.pop("settings"), settings):
+        if then is not None and now is not None:  # one of them is None where versions have other settings
+            raise UserError(
+                f"{file}: this rung was trained with {name} = {json.dumps(then)}, and now it is {json.dumps(now)}; "
+                f"choose another --out, or delete the file and {directory}"
+            )
+    return dict(done)
+
+
+def is_number(value: object, or_none: bool = False) -> bool:
+    if value is None:
+        return or_none
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def wait_for_rest(directory: Path) -> bool:
+    """Wait for a run that outlived the sweep which began it. False: stopped by Ctrl-C or SIGTERM; the run goes on."""
+    if not is_taken(directory):
+        return True
+    print(f"{directory}: a killed sweep has left this run alive; waiting for its end", flush=True)
+    try:
+        with interruptible():
+            while is_taken(directory):
+                time.sleep(1)
+    except KeyboardInterrupt:
+        print(f"{directory}: this run goes on; to stop it: bigmodel launch stop {directory}", flush=True)
+        return False
+    return True
 
 
 def launched(words: Sequence[str], log: Path) -> int:
@@ -204,12 +246,13 @@ def last_line(log: Path) -> str:
 
 
 def result_of(directory: Path) -> dict[str, Any]:
-    """Raises `UserError` without a validation loss."""
+    """loss: None if it is not finite. Raises `UserError` without a validation loss."""
     lines = list(read_json_lines(directory / "metrics.jsonl"))
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
     if not evaluations:
         raise UserError(f"{directory}/metrics.jsonl: has no evaluation; a validation split is needed")
-    return {"loss": evaluations[-1]["nats_per_token"]}
+    loss = evaluations[-1]["nats_per_token"]
+    return {"loss": loss if is_number(loss) else None}
 
 
 # ---- the law
@@ -239,22 +282,24 @@ def best_runs(rungs: Sequence[dict[str, Any]]) -> list[Run]:
     """Of rungs that differ in the learning rate only, the best."""
     best: dict[tuple[int, int], Run] = {}
     for rung in rungs:
-        run, key = Run(rung["parameters"], rung["tokens"], rung["loss"]), (rung["width"], rung["steps"])
-        if math.isfinite(run.loss) and (key not in best or run.loss < best[key].loss):
-            best[key] = run
+        key = rung["width"], rung["steps"]
+        if rung["loss"] is not None and (key not in best or rung["loss"] < best[key].loss):
+            best[key] = Run(rung["parameters"], rung["tokens"], rung["loss"])
     return list(best.values())
 
 
 def fit_table(fitted: Fit, runs: Sequence[Run], target: Rung) -> dict[str, Any]:
-    between = interval(runs, fitted, target.parameters, target.tokens, SHARE)
+    found = extrapolation(runs, fitted, target.parameters, target.tokens, SHARE)
     return {
         "law": fitted.law.as_table(),
         "residual_deviation": None if math.isnan(fitted.deviation) else fitted.deviation,
         "degrees_of_freedom": fitted.degrees,
         "prediction": {
             "loss": fitted.law.loss(target.parameters, target.tokens),
-            "interval": between,
+            "interval": found and found.interval,
             "share": SHARE,
+            "median": found and found.median,
+            "forms": found.forms if found else {},
             "times_largest_compute": target.compute / max(6 * run.parameters * run.tokens for run in runs),
         },
     }
@@ -286,7 +331,11 @@ def prediction(table: dict[str, Any]) -> str:
     said = f"{law_of(table['law']).in_words()}\ntarget, {times}: {found['loss']:.4f} nats per label"
     if found["interval"]:
         low, high = found["interval"]
-        return f"{said}, {found['share']:.0%} between {low:.4f} and {high:.4f}"
+        forms = "; ".join(f"{name} {loss:.4f} +- {error:.4f}" for name, (_, loss, error) in found["forms"].items())
+        return (
+            f"{said}, {found['share']:.0%} between {low:.4f} and {high:.4f}\n"
+            f"by form, with its error where small rungs predict larger ones: {forms}"
+        )
     return f"{said}; no interval: the law has as many numbers as there are runs"
 
 

@@ -1,4 +1,4 @@
-"""A scaling law fitted to finished runs, and its prediction with an interval. numpy; no torch, no scipy.
+"""A scaling law fitted to finished runs. numpy; no torch, no scipy. `bigmodel.sweep.interval` extrapolates it.
 
 In: parameters, tokens and loss of runs. Out: a `Law`. Two forms:
 
@@ -8,11 +8,6 @@ In: parameters, tokens and loss of runs. Out: a `Law`. Two forms:
 Fit: least squares of the losses. At given exponents a law is linear in the other numbers, which must not be negative:
 these are solved for exactly, and the exponents are searched on a grid, then on finer ones around the best (variable
 projection, Golub & Pereyra 1973). So there is one answer and no start value.
-
-Interval: a parametric bootstrap. Noise of the size of the residuals, its uncertainty drawn from chi-square with
-(runs - numbers of the law) degrees of freedom, is added to the fitted losses; each of 500 such sets is fitted, and the
-same noise is added to its prediction. The interval assumes that the form of the law holds at the target; it knows the
-noise between runs, not a curve of another form.
 """
 
 from collections.abc import Sequence
@@ -29,8 +24,7 @@ SAME_RATIO = 1.5  # tokens per parameter that differ by less count as one: steps
 FREE = {("compute",): 3, ("parameters", "tokens"): 5}  # numbers of a law
 COARSE, FINE = {1: 60, 2: 24}, {1: 121, 2: 9}  # exponents on the two grids, by number of terms
 LOWEST, HIGHEST = 0.02, 1.5  # exponents
-ROUNDS = 4  # of finer grids for the law: exponents within 0.02%; for each set of the bootstrap one: within 2.5%
-DRAWS = 500
+ROUNDS = 4  # of finer grids for the law: exponents within 0.02%; one round: within 2.5%
 Floats = NDArray[np.float64]
 
 
@@ -63,8 +57,8 @@ def fit(runs: Sequence[Run]) -> Fit:
     form = form_of(runs)
     if not form:
         raise ValueError("too few runs: 3 with one number of tokens per parameter, 5 with several")
-    columns, losses = _columns(runs, form), np.array([[run.loss] for run in runs])
-    exponents, numbers = _search(columns, losses, ROUNDS)
+    columns, losses = columns_of(runs, form), np.array([[run.loss] for run in runs])
+    exponents, numbers = search(columns, losses, ROUNDS)
     law = _law(form, exponents[0], numbers[0], columns)
     residuals = [run.loss - law.loss(run.parameters, run.tokens) for run in runs]
     degrees = len(runs) - FREE[form]
@@ -72,25 +66,7 @@ def fit(runs: Sequence[Run]) -> Fit:
     return Fit(law, tuple(residuals), deviation, degrees)
 
 
-def interval(
-    runs: Sequence[Run], fitted: Fit, parameters: float, tokens: float, share: float = 0.9
-) -> tuple[float, float] | None:
-    """The interval that has `share` of the predictions; None without degrees of freedom."""
-    if fitted.degrees < 1:
-        return None
-    random, form = np.random.default_rng(0), tuple(one.of for one in fitted.law.terms)
-    means = np.array([[fitted.law.loss(run.parameters, run.tokens)] for run in runs])
-    scales = fitted.deviation * np.sqrt(fitted.degrees / random.chisquare(fitted.degrees, DRAWS))
-    columns = _columns(runs, form)
-    exponents, numbers = _search(columns, means + scales * random.standard_normal((len(runs), DRAWS)))
-    found = [
-        _law(form, *each, columns).loss(parameters, tokens) for each in zip(exponents, numbers, strict=True)
-    ] + scales * random.standard_normal(DRAWS)
-    low, high = np.quantile(found, [(1 - share) / 2, (1 + share) / 2])
-    return float(low), float(high)
-
-
-def _columns(runs: Sequence[Run], form: tuple[str, ...]) -> Floats:
+def columns_of(runs: Sequence[Run], form: tuple[str, ...]) -> Floats:
     """(terms, runs): what each term is of."""
     of = {
         "parameters": [run.parameters for run in runs],
@@ -112,27 +88,36 @@ def _middles(columns: Floats) -> Floats:
     return np.exp(np.log(columns).mean(1, keepdims=True))
 
 
-def _search(columns: Floats, losses: Floats, rounds: int = 1) -> tuple[Floats, Floats]:
+def losses_at(columns: Floats, exponents: Floats, numbers: Floats, places: Floats) -> Floats:
+    """(places, sets): what `search` found, at `places` (terms, places)."""
+    powers = (places / _middles(columns)).T[:, None, :] ** -exponents[None]  # places, sets, terms
+    found: Floats = numbers[:, 0] + (powers * numbers[:, 1:]).sum(2)
+    return found
+
+
+def search(columns: Floats, losses: Floats, rounds: int = 1, floor: bool = True) -> tuple[Floats, Floats]:
     """For each column of `losses` (runs, sets): exponents (sets, terms), and E with the coefficients (sets, 1 + terms),
-    these in units of the middles."""
+    these in units of the middles. `columns`: (terms, runs). Without `floor` E is 0."""
     terms = len(columns)
     coarse = np.geomspace(LOWEST, HIGHEST, COARSE[terms])
-    exponents, numbers = _best(columns, losses, np.array([*product(coarse, repeat=terms)]))
+    exponents, numbers = _best(columns, losses, np.array([*product(coarse, repeat=terms)]), floor)
     width = coarse[1] / coarse[0]
     for _ in range(rounds):
         finer, steps = np.empty_like(exponents), np.geomspace(1 / width, width, FINE[terms])
         factors = np.array([*product(steps, repeat=terms)])
         for start in np.unique(exponents, axis=0):
             sets = (exponents == start).all(1)
-            finer[sets], numbers[sets] = _best(columns, losses[:, sets], (start * factors).clip(LOWEST, HIGHEST))
+            grid = (start * factors).clip(LOWEST, HIGHEST)
+            finer[sets], numbers[sets] = _best(columns, losses[:, sets], grid, floor)
         exponents, width = finer, steps[1] / steps[0]
     return exponents, numbers
 
 
-def _best(columns: Floats, losses: Floats, grid: Floats) -> tuple[Floats, Floats]:
+def _best(columns: Floats, losses: Floats, grid: Floats, floor: bool) -> tuple[Floats, Floats]:
     """The best row of `grid` (exponents, terms) for each column of `losses`, with the numbers that belong to it."""
     powers = (columns / _middles(columns))[None] ** -grid[:, :, None]  # grid, terms, runs
-    design = np.concatenate([np.ones_like(powers[:, :1]), powers], axis=1).transpose(0, 2, 1)
+    ones = np.full_like(powers[:, :1], float(floor))
+    design = np.concatenate([ones, powers], axis=1).transpose(0, 2, 1)
     numbers, errors = _not_negative(design, losses)
     best = errors.argmin(0)
     sets = np.arange(losses.shape[1])

@@ -1,5 +1,6 @@
 """`bigmodel sweep`: rungs are trained once, the prediction is written before the target, a stop reaches the run."""
 
+import fcntl
 import json
 import os
 import signal
@@ -12,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from bigmodel.config.settings import UserError, load_settings
+from bigmodel.config.settings import Settings, UserError, load_settings, to_toml_table
 from bigmodel.planning.context import vocabulary_of
 from bigmodel.run_directory import write_json
-from bigmodel.sweep.command import Options, finished, launched, numbers_of, outcome, sweep
-from bigmodel.sweep.ladder import Rung, ladder
+from bigmodel.sweep.command import Options, finished, launched, numbers_of, outcome, sweep, wait_for_rest
+from bigmodel.sweep.ladder import Rung, ladder, target_of
 from tests.support.tiny_run import write_run
 
 LOSSES = {16: 5.0, 24: 4.6, 32: 4.4}
@@ -78,50 +79,99 @@ def test_a_file_in_the_place_of_the_folder_is_refused_before_anything_runs(optio
 def test_a_targets_loss_is_compared_with_the_prediction(options: Callable[..., Options]) -> None:
     given = options([*LOSSES])
     finish_all(given)
-    directory = given.out / "runs" / "target"
-    overrides = [*given.override, f"run.directory={json.dumps(str(directory))}"]
-    write_json(given.out / "runs" / "target.json", {"loss": 4.3, "overrides": overrides})
+    settings = load_settings(given.run_file, list(given.override))
+    finish(given, target_of(settings, vocabulary_of(settings)), "target", 4.3)
     assert sweep(options([*LOSSES], with_target=True)) == 0
     table = json.loads((given.out / "sweep.json").read_text())
     assert table["target"]["loss"] == 4.3
     assert outcome(table).startswith(f"target: 4.3000 nats per label, predicted {table['prediction']['loss']:.4f} (")
 
 
-def finish_all(options: Options) -> None:
-    """Results as runs leave them."""
+def finish_all(options: Options) -> list[Path]:
+    """Results as runs leave them; their files."""
     settings = load_settings(options.run_file, list(options.override))
     (options.out / "runs").mkdir(parents=True)
-    for rung in ladder(settings, vocabulary_of(settings), options.widths):
-        directory = options.out / "runs" / rung.name
-        given = [*options.override, *rung.overrides, f"run.directory={json.dumps(str(directory))}"]
-        result = {
-            name: getattr(rung, name) for name in ("width", "num_layers", "rate", "parameters", "tokens", "steps")
-        }
-        write_json(
-            options.out / "runs" / f"{rung.name}.json", result | {"loss": LOSSES[rung.width], "overrides": given}
-        )
+    return [finish(options, rung, rung.name, LOSSES[rung.width]) for rung in rungs_of(options, settings)]
+
+
+def rungs_of(options: Options, settings: Settings) -> list[Rung]:
+    return ladder(settings, vocabulary_of(settings), options.widths)
+
+
+def finish(options: Options, rung: Rung, name: str, loss: float | None) -> Path:
+    directory = options.out / "runs" / name
+    given = [*options.override, *rung.overrides, f"run.directory={json.dumps(str(directory))}"]
+    names = ("width", "num_layers", "rate", "parameters", "tokens", "steps")
+    result = {name: getattr(rung, name) for name in names} | {"loss": loss}
+    file = options.out / "runs" / f"{name}.json"
+    write_json(file, result | {"settings": to_toml_table(load_settings(options.run_file, given))})
+    return file
 
 
 def test_a_rung_with_other_settings_is_refused(options: Callable[..., Options]) -> None:
-    given = options([16])
-    write_json_into(given.out / "runs" / "width-16.json", {"overrides": ["model.dropout=0.5"], "loss": 3.0})
-    rung = Rung(16, 1, 0.01, 100, 1000, 10, ())
-    with pytest.raises(UserError, match=r"width-16.json: this rung was trained with other settings; choose another"):
-        finished(given, rung, "width-16")
+    """Also where the run file itself has changed."""
+    given = options([*LOSSES])
+    file = finish_all(given)[0]
+    given.run_file.write_text(given.run_file.read_text().replace("dropout = 0.1", "dropout = 0.5"))
+    with pytest.raises(
+        UserError, match=rf"{file}: this rung was trained with model.dropout = 0.1, and now it is 0.5; choose another"
+    ):
+        sweep(given)
 
 
-def write_json_into(file: Path, table: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True)
-    write_json(file, table)
+@pytest.mark.parametrize("wrong", [{"loss": "low"}, {"parameters": None}, {"settings": None}], ids=str)
+def test_a_rung_of_another_version_is_refused(options: Callable[..., Options], wrong: dict[str, Any]) -> None:
+    given = options([*LOSSES])
+    file = finish_all(given)[0]
+    write_json(file, json.loads(file.read_text()) | wrong)
+    with pytest.raises(UserError, match=rf"{file}: is not of this version's `bigmodel sweep`; delete it: the run in"):
+        sweep(given)
+
+
+def test_settings_that_another_version_does_not_have_are_no_change(options: Callable[..., Options]) -> None:
+    given = options([*LOSSES])
+    file = finish_all(given)[0]
+    done = json.loads(file.read_text())
+    del done["settings"]["model"]["norm_epsilon"]
+    write_json(file, done | {"settings": done["settings"] | {"of_later": 1}})
+    assert sweep(given) == 0
+
+
+def test_a_loss_that_is_not_finite_is_said_and_not_in_the_law(
+    options: Callable[..., Options], capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = options([*LOSSES])
+    finish_all(given)[0].unlink()
+    rung = rungs_of(given, load_settings(given.run_file, list(given.override)))[0]
+    finish(given, rung, rung.name, None)
+    assert sweep(given) == 0
+    said = capfd.readouterr().out
+    assert f"{rung.name}: its validation loss is not finite; the law is without it" in said
+    assert "no law: it needs 3 finished sizes" in said
+    assert "law" not in json.loads((given.out / "sweep.json").read_text())
+
+
+def test_a_run_that_outlived_its_sweep_is_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with open(tmp_path / "lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        timer = threading.Timer(0.2, fcntl.flock, (held, fcntl.LOCK_UN))
+        timer.start()
+        assert wait_for_rest(tmp_path)
+        timer.join()
+        assert "a killed sweep has left this run alive; waiting for its end" in capfd.readouterr().out
+        fcntl.flock(held, fcntl.LOCK_EX)
+        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        assert not wait_for_rest(tmp_path)
+        timer.join()
+    assert f"this run goes on; to stop it: bigmodel launch stop {tmp_path}" in capfd.readouterr().out
 
 
 def test_a_failed_rung_ends_the_sweep_with_its_message(options: Callable[..., Options], tmp_path: Path) -> None:
     given = options([16])
     (given.out / "runs").mkdir(parents=True)
-    broken = Rung(16, 1, 0.01, 100, 1000, 10, ("model.hidden_size=31",))
-    with pytest.raises(
-        UserError, match=r"broken: `bigmodel launch local` ended with 2: .*hidden_size = 31.*broken.log"
-    ):
+    broken = Rung(16, 1, 0.01, 100, 1000, 10, ('data.directory="absent"',))
+    with pytest.raises(UserError, match=r"broken: `bigmodel launch local` ended with 2: .*absent.*broken.log"):
         finished(given, broken, "broken")
 
 
