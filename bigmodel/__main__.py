@@ -565,7 +565,7 @@ def probe(
     settings = load_settings(run_file, override) if run_file else None
     if settings and world_size:
         from bigmodel.config.deepspeed_config import resolve_deepspeed
-        from bigmodel.config.expert_settings import refuse_across_nodes
+        from bigmodel.config.parallel_settings import refuse_across_nodes
 
         resolve_deepspeed(settings, world_size)
         refuse_across_nodes(settings, ranks_per_node or world_size)

@@ -130,7 +130,7 @@ class _Plain:
         say: Say,
         seconds: float = PLAIN_SECONDS,
     ) -> None:
-        alone = settings.training.model_copy(update={"expert_parallel_ranks": 1})
+        alone = settings.training.model_copy(update={"expert_parallel_ranks": 1, "tensor_parallel_ranks": 1})
         model, exact = new_start(settings.model_copy(update={"training": alone}), WHOLE, ALONE)
         training = PlainTraining(model.to(device), settings, wide, exact)
         self.losses: list[float] = []
@@ -232,7 +232,7 @@ def _plain_bytes(settings: Settings, effective: Effective, vocabulary: int, nume
     moments = 2 * (state.get("moments", 0) + state.get("average of weights", 0))  # in fp32 there
     weights = 8 * numel * 8  # model and masters, their gradients and a sum; the first gradient, first and last weights
     alone: dict[str, Any] = {"precision": "fp32", "activation_checkpointing": "none"}
-    alone |= {"sequence_parallel_ranks": 1, "expert_parallel_ranks": 1}
+    alone |= {"sequence_parallel_ranks": 1, "expert_parallel_ranks": 1, "tensor_parallel_ranks": 1}
     narrow = settings.model_copy(update={"training": settings.training.model_copy(update=alone)})
     return moments + weights + 2 * _activations(narrow, effective, vocabulary)
 

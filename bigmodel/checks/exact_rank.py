@@ -130,7 +130,7 @@ class _Comparison:
 
     def _steps(self, engine: Engine, effective: Effective, steps: int) -> Iterator[tuple[Step, float, float]]:
         """Each step with its loss and gradient norm, before its update. Ends at a norm that is not finite."""
-        sharing = self._settings.training.sequence_parallel_ranks
+        sharing = self._settings.training.ranks_per_sequence
         place = Place.of_rank(self._world.rank, self._world.size, self._world.ranks_per_node(), sharing)
         with closing(first_steps(self._settings, effective, place, steps)) as stream:
             for step in stream:

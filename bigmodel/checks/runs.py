@@ -26,7 +26,8 @@ from bigmodel.run_directory import read_json_lines
 from bigmodel.training.checkpoint import format as checkpoint
 
 PROCESS_SECONDS = 600  # limit of a training process
-ALONE = ("training.sequence_parallel_ranks=1", "training.expert_parallel_ranks=1")  # overrides for one rank
+SHARING = ("sequence_parallel_ranks", "expert_parallel_ranks", "tensor_parallel_ranks")
+ALONE = tuple(f"training.{name}=1" for name in SHARING)  # overrides for one rank
 
 
 def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
@@ -34,7 +35,7 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     Several ranks add in another order."""
     settings = agree(load_settings(run_file, overrides))
     training = settings.training
-    sharing = training.sequence_parallel_ranks
+    sharing = training.ranks_per_sequence
     several = max(2, training.sharing_ranks)
     # Ranks that share a packed sequence multiply fewer rows at once; below fp64 the products may round differently.
     slack = 1 if sharing == 1 or training.precision == "fp32" else 1000

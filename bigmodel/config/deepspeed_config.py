@@ -79,8 +79,9 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
     if not source.tells_of("zero_optimization.stage", "zero_optimization ="):
         _refuse_combinations(config, settings, world_size, source)
     _refuse_limits(config, settings, source)
-    if settings.training.expert_parallel_ranks > 1:
-        _refuse_shared_experts(config, settings, world_size, source)
+    for kind in ("expert", "tensor"):
+        if getattr(settings.training, f"{kind}_parallel_ranks") > 1:
+            _refuse_shared_parameters(kind, config, settings, world_size, source)
     source.raise_problems()
     return config, settings
 
@@ -183,7 +184,7 @@ def _derive_micro_batch(config: dict[str, Any], settings: Settings, world_size: 
     """Packed sequences at once from train_batch_size and gradient_accumulation_steps, as in DeepSpeed, where it is not
     written and the other two are."""
     batch, steps = written(config, "train_batch_size"), written(config, "gradient_accumulation_steps")
-    if batch is None or steps is None or settings.training.sequence_parallel_ranks > 1:
+    if batch is None or steps is None or settings.training.ranks_per_sequence > 1:
         return
     if batch % (steps * world_size) == 0:
         _fill(config, "train_micro_batch_size_per_gpu", batch // (steps * world_size))
@@ -193,10 +194,11 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     """Compute the micro-batches per step from packs, ranks and packs per micro-batch; a written value must equal it."""
     packs = settings.training.global_batch_size
     per_micro_batch = config["train_micro_batch_size_per_gpu"]
-    sharing = settings.training.sequence_parallel_ranks
+    sharing = settings.training.ranks_per_sequence
+    kind = "tensor" if settings.training.tensor_parallel_ranks > 1 else "sequence"
     if world_size % sharing:
         source.problem(
-            f"training.sequence_parallel_ranks = {sharing} does not divide the {counted_noun(world_size, 'rank')}; "
+            f"training.{kind}_parallel_ranks = {sharing} does not divide the {counted_noun(world_size, 'rank')}; "
             "choose a divisor"
         )
         return
@@ -216,7 +218,7 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     multiplied = per_micro_batch * micro_batches * world_size
     if batch is not None and sharing > 1:
         source.problem(
-            f"train_batch_size = {batch} with training.sequence_parallel_ranks = {sharing}: DeepSpeed would count each "
+            f"train_batch_size = {batch} with training.{kind}_parallel_ranks = {sharing}: DeepSpeed would count each "
             'rank as a data-parallel one; write "auto"'
         )
     if batch is not None and batch != multiplied:
@@ -289,24 +291,27 @@ def _refuse_limits(config: dict[str, Any], settings: Settings, source: Source) -
         )
 
 
-def _refuse_shared_experts(config: dict[str, Any], settings: Settings, world_size: int, source: Source) -> None:
-    """Refuse what does not go with ranks that share experts."""
-    zero, size = config["zero_optimization"], settings.training.expert_parallel_ranks
-    if world_size % size:
+def _refuse_shared_parameters(
+    kind: str, config: dict[str, Any], settings: Settings, world_size: int, source: Source
+) -> None:
+    """Refuse what does not go with ranks that share experts or, kind "tensor", matrices."""
+    zero, size = config["zero_optimization"], getattr(settings.training, f"{kind}_parallel_ranks")
+    if world_size % size and kind == "expert":  # of the other one the batch is settled already
         source.problem(
             f"training.expert_parallel_ranks = {size} does not divide the {counted_noun(world_size, 'rank')}; choose a "
             "divisor"
         )
     if zero["stage"] == 3:
+        what = "experts" if kind == "expert" else "parts of matrices"
         source.problem(
-            f"zero_optimization.stage = 3 with training.expert_parallel_ranks = {size}: ZeRO 3 would partition each "
-            "rank's experts over all ranks, which hold other ones; use stage 2, or expert_parallel_ranks = 1"
+            f"zero_optimization.stage = 3 with training.{kind}_parallel_ranks = {size}: ZeRO 3 would partition each "
+            f"rank's {what} over all ranks, which hold other ones; use stage 2, or {kind}_parallel_ranks = 1"
         )
     for name in ("reduce_scatter", "contiguous_gradients"):
         if zero.get(name) is False:
             source.problem(
-                f"zero_optimization.{name} = false with training.expert_parallel_ranks = {size}: DeepSpeed {VERSION} "
-                "needs it for experts; remove the key"
+                f"zero_optimization.{name} = false with training.{kind}_parallel_ranks = {size}: DeepSpeed {VERSION} "
+                "needs it for shared parameters; remove the key"
             )
 
 

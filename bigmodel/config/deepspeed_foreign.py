@@ -7,7 +7,6 @@ GPT-NeoX writes hyphens or underscores; both are found. Imports neither torch no
 """
 
 _PIPELINE = "remove it: pipeline parallelism is not offered, ZeRO stage 3 splits large models"
-_TENSOR = "remove it: tensor parallelism is not offered, ZeRO stage 3 splits large models"
 _EXPERTS = "remove it: [model.experts] in the run file makes a mixture of experts, without a limit of tokens"
 _LOSS_SCALE = 'write it inside "fp16"'
 _OWN_DOCUMENTS = "remove the key; documents of a pack never see each other, and each has its own positions"
@@ -62,6 +61,7 @@ SETTINGS = {
     "min_lr": "schedule.final_ratio (min_lr divided by the highest rate)",
     "mixed_precision": "training.precision",
     "mlp_type": "model.activation",
+    "model_parallel_size": "training.tensor_parallel_ranks",
     "moe_expert_parallel_size": "training.expert_parallel_ranks",
     "no_weight_tying": "model.tied_embeddings (the opposite)",
     "norm": "model.norm",
@@ -87,6 +87,7 @@ SETTINGS = {
     "seed": "run.seed",
     "seq_length": "data.sequence_length",
     "swiglu": "model.activation",
+    "tensor_model_parallel_size": "training.tensor_parallel_ranks",
     "tensorboard_dir": "metrics.writers",
     "tokenizer_model": "prepare.tokenizer",
     "tokenizer_type": "prepare.tokenizer",
@@ -144,7 +145,6 @@ REASONS = {
     "master_port": "remove the key; the launcher sets the port",
     "micro_batch_size": 'write "train_micro_batch_size_per_gpu"',
     "min_loss_scale": _LOSS_SCALE,
-    "model_parallel_size": _TENSOR,
     "moe": _EXPERTS,
     "moe_expert_capacity": _EXPERTS,
     "moe_num_experts": _EXPERTS,
@@ -153,7 +153,7 @@ REASONS = {
     "num_layers_per_virtual_pipeline_stage": _PIPELINE,
     "optimizer_type": 'write "optimizer": {"type": ...}',
     "output_layer_init_method": _INITIAL,
-    "output_layer_parallelism": _TENSOR,
+    "output_layer_parallelism": "remove it: training.tensor_parallel_ranks share the output matrix by its rows",
     "overlap_grad_reduce": 'write "overlap_comm" inside "zero_optimization"',
     "override_lr_scheduler": _GOES_ON,
     "partition_activations": "remove the key; set training.activation_checkpointing in the run file",
@@ -165,11 +165,9 @@ REASONS = {
     "reset_position_ids": _OWN_DOCUMENTS,
     "scaled_masked_softmax_fusion": _KERNELS,
     "scaled_upper_triang_masked_softmax_fusion": _KERNELS,
-    "sequence_parallel": "tensor parallelism, to which it belongs, is not offered; "
-    "training.sequence_parallel_ranks shares long documents",
+    "sequence_parallel": "remove the key; training.tensor_parallel_ranks share the positions between layers always",
     "split": "set prepare.validation_share in the run file",
     "synchronize_each_layer": "remove the key; recomputation does not wait between layers",
-    "tensor_model_parallel_size": _TENSOR,
     "test_data_paths": _DATA,
     "train_data_paths": _DATA,
     "tutel": _EXPERTS,

@@ -289,7 +289,7 @@ OFF_ONLY = {
         "stages partition seed_layers activation_checkpoint_interval pipe_partitioned grad_partitioned",
     ),
     "tensor_parallel": refused(
-        "remove the section; tensor parallelism is not offered: use ZeRO stage 3",
+        "remove the section; training.tensor_parallel_ranks in the run file has its place",
         enabled_by("autotp_size", 0, 1),
         "dtype autotp_size tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend "
         "tp tp.tp_size tp.tp_grain_size tp.mpu tp.tp_group tensor_parallel tensor_parallel.tp_size "

@@ -5,8 +5,6 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from bigmodel.config.sections import Section, setting
-from bigmodel.config.user_error import UserError
-from bigmodel.sizes import counted_noun
 
 # Strengths of the balance. They change no weight's shape and no evaluation.
 STRENGTHS = ("balance_weight", "bias_rate", "router_z_weight")
@@ -149,16 +147,3 @@ def problem_beside_experts(settings: Any) -> str:
             "another optimizer"
         )
     return ""
-
-
-def refuse_across_nodes(settings: Any, ranks_on_node: int) -> None:
-    """Raise `UserError` where ranks of several nodes would share experts and `training.expert_parallel_across_nodes`
-    does not allow it. settings: `Settings`. ranks_on_node: 1 where nodes have unequal numbers."""
-    training = settings.training
-    if training.expert_parallel_across_nodes or ranks_on_node % training.expert_parallel_ranks == 0:
-        return
-    raise UserError(
-        f"training.expert_parallel_ranks = {training.expert_parallel_ranks} with "
-        f"{counted_noun(ranks_on_node, 'rank')} on a node: each layer would wait for the network; choose a divisor, or "
-        "set training.expert_parallel_across_nodes = true"
-    )

@@ -32,6 +32,7 @@ from bigmodel.config.lora_settings import LoraSettings as LoraSettings
 from bigmodel.config.measures import MEASURES
 from bigmodel.config.model_settings import ModelSettings as ModelSettings
 from bigmodel.config.model_settings import RopeScalingSettings as RopeScalingSettings
+from bigmodel.config.parallel_settings import problem_of_tensor_parallel
 from bigmodel.config.pruning_settings import PruningSettings as PruningSettings
 from bigmodel.config.pruning_settings import problem_of_pruning, with_end_of_pruning
 from bigmodel.config.recurrent_settings import problem_beside_recurrent
@@ -203,6 +204,12 @@ class TrainingSettings(Section):
     expert_parallel_across_nodes: bool = Field(
         False, description="whether ranks of several nodes may share experts: each layer then waits for the network"
     )
+    tensor_parallel_ranks: int = Field(
+        1, ge=1, description="consecutive ranks that share the matrices of each layer and the positions between layers"
+    )
+    tensor_parallel_across_nodes: bool = Field(
+        False, description="whether ranks of several nodes may share matrices: each layer then waits for the network"
+    )
     compile: bool = Field(False, description="torch.compile each block")
     attention_kernel: Literal["triton", "hopper", "flash-attn", "torch-varlen", "fastest"] = Field(
         "triton",
@@ -262,9 +269,19 @@ class TrainingSettings(Section):
     )
 
     @property
+    def ranks_per_sequence(self) -> int:
+        """Consecutive ranks that get the same packed sequences."""
+        return self.sequence_parallel_ranks * self.tensor_parallel_ranks
+
+    @property
+    def shares_parameters(self) -> bool:
+        """Whether ranks hold different experts, or parts of matrices."""
+        return self.expert_parallel_ranks > 1 or self.tensor_parallel_ranks > 1
+
+    @property
     def sharing_ranks(self) -> int:
-        """Consecutive ranks that share packed sequences or experts: the fewest of a run, and of its groups."""
-        return math.lcm(self.sequence_parallel_ranks, self.expert_parallel_ranks)
+        """Consecutive ranks that share packed sequences, experts or matrices: the fewest of a run and its groups."""
+        return math.lcm(self.ranks_per_sequence, self.expert_parallel_ranks)
 
     @model_validator(mode="after")
     def _ramp_makes_sense(self) -> "TrainingSettings":
@@ -456,6 +473,12 @@ class Settings(Section):
     @model_validator(mode="after")
     def _sections_suit_experts(self) -> "Settings":
         if problem := problem_beside_experts(self):
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _settings_suit_tensor_parallel_ranks(self) -> "Settings":
+        if problem := problem_of_tensor_parallel(self):
             raise ValueError(problem)
         return self
 

@@ -114,7 +114,7 @@ def _forget_gradient(parameter: Tensor) -> None:
 def _empty_batch(settings: Settings, packs: int) -> Batch:
     """What one rank has of them: of shared packed sequences its part."""
     data, numbers = settings.data, list(range(packs))
-    length = data.sequence_length // settings.training.sequence_parallel_ranks
+    length = data.sequence_length // settings.training.ranks_per_sequence
     data = data.model_copy(update={"sequence_length": length})
     source_seeds = (
         make_dropout_seeds(0, 0, numbers, data.source_sequence_length, "source")

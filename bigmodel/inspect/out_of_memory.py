@@ -47,7 +47,7 @@ def remedies(settings: Settings, effective: dict[str, Any], plan: Plan, ranks: i
     }
     of_state = {
         f'"zero_optimization": {{"stage": {zero["stage"] + 1}}} in the DeepSpeed JSON': zero["stage"]
-        < (2 if shared > 1 else 3)
+        < (2 if settings.training.shares_parameters else 3)
         and ranks > 1,
         '"zero_optimization": {"offload_optimizer": {"device": "cpu"}}': device == "cuda" and not plan.host,
         f'training.precision = "bf16" (now "{precision}")': precision == "fp32" and device == "cuda",

@@ -106,7 +106,8 @@ def effective_now(start: Start, world_size: int) -> tuple[dict[str, Any], Settin
     size = effective["train_micro_batch_size_per_gpu"]
     rounds = num_micro_batches(training.global_batch_size, world_size, size)
     effective |= {"gradient_accumulation_steps": rounds, "train_batch_size": size * rounds * world_size}
-    training = training.model_copy(update={"sequence_parallel_ranks": 1, "expert_parallel_ranks": 1})
+    alone = {"sequence_parallel_ranks": 1, "expert_parallel_ranks": 1, "tensor_parallel_ranks": 1}
+    training = training.model_copy(update=alone)
     return effective, start.settings.model_copy(update={"training": training})
 
 
@@ -284,6 +285,8 @@ def _differences(record: Record, step: int, begun: int, place: Place) -> list[st
         found.append(f"{at.settings.training.sequence_parallel_ranks} ranks shared a packed sequence then, none now")
     if at.settings.training.expert_parallel_ranks > 1:
         found.append(f"{at.settings.training.expert_parallel_ranks} ranks shared experts then, none now")
+    if at.settings.training.tensor_parallel_ranks > 1:
+        found.append(f"{at.settings.training.tensor_parallel_ranks} ranks shared matrices then, none now")
     return list(dict.fromkeys(found))
 
 

@@ -42,10 +42,14 @@ class Linear(nn.Linear):
         return self.product(x) if self.lora is None else self.lora(x, self.product(x))
 
     def product(self, x: Tensor) -> Tensor:
-        if is_wide(x):
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
-        return F.linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias; see `Linear`."""
+    if is_wide(x):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 class RMSNorm(nn.Module):

@@ -89,9 +89,18 @@ def activation_parts(settings: Settings, vocabulary: int, packs: int, teacher: T
         moments.append(others + side.last_norm() + side.of_teacher(teacher))
     held = sum(stack.held for stack in stacks) + of_sources
     held += side.positions() + (source.positions() if source else 0)
+    held += _gathered(settings, side, len(blocks))
     loss = side.chunk(vocabulary, teacher is not None) + (head if moments[0] == max(moments) else 0)
     peak = held + max(moments) + side.chunk(vocabulary, teacher is not None)
     return {"activations": peak - loss, "loss buffers": loss}
+
+
+def _gathered(settings: Settings, side: "_Side", blocks: int) -> int:
+    """Of tensor-parallel ranks: the positions of the others, in the inputs of a block's two first products, and in the
+    head with their gradient. Recomputed blocks have one at a time."""
+    others = settings.training.tensor_parallel_ranks - 1
+    held = blocks if settings.training.activation_checkpointing == "none" else 1
+    return others * side.states() * (2 * held + 2)
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ class _Side:
     def of_target(cls, settings: Settings, packs: int) -> "_Side":
         data, low = settings.data, bytes_of(settings.training.precision)
         tokens, sources = packs * data.sequence_length, packs * data.source_sequence_length
-        tokens //= settings.training.sequence_parallel_ranks
+        tokens //= settings.training.ranks_per_sequence
         return cls(settings.model, low, tokens, sources, _adapters(settings, "blocks.0."))
 
     @classmethod

@@ -66,7 +66,7 @@ def with_choice(context: Context, choice: Choice) -> Context | None:
     if choice == own:
         return context
     packs = context.settings.training.global_batch_size
-    places = context.ranks // choice.sharing
+    places = context.ranks // choice.sharing // context.settings.training.tensor_parallel_ranks
     if _clashes(context, choice) or choice.micro_batch > max(own.micro_batch, -(-packs // max(places, 1))):
         return None
     if (choice.stage, choice.offloads) != (own.stage, own.offloads):
@@ -136,7 +136,7 @@ def _clashes(context: Context, choice: Choice) -> bool:
     needs_fp32 = choice.stage == 0 and (settings.training.precision != "fp32" or choice.offloads)
     if choice.stage not in row.stages or (choice.offloads and "cpu" not in row.offloads) or needs_fp32:
         return True
-    if choice.stage == 3 and (settings.training.compile or settings.training.expert_parallel_ranks > 1):
+    if choice.stage == 3 and (settings.training.compile or settings.training.shares_parameters):
         return True
     return choice.sharing > 1 and not _can_share(settings, choice.sharing, context.cluster.ranks_on_node)
 
@@ -147,7 +147,13 @@ def _can_share(settings: Settings, size: int, ranks_on_node: int) -> bool:
     keys = model.num_kv_heads
     if model.has_source or model.is_recurrent or model.position_embedding != "rotary" or model.num_mtp_modules:
         return False
-    if training.compile or training.scheduled_sampling or settings.distillation.teacher or model.classification:
+    if (
+        training.compile
+        or training.tensor_parallel_ranks > 1
+        or training.scheduled_sampling
+        or settings.distillation.teacher
+        or model.classification
+    ):
         return False
     divides = not (model.num_heads % size or (keys % size and size % keys) or settings.data.sequence_length % size)
     return divides and ranks_on_node % size == 0
@@ -169,7 +175,7 @@ def _lighter(context: Context, own: Choice) -> Iterator[Choice]:
 def _micro_batches(context: Context) -> list[int]:
     """Powers of two up to the packed sequences of a rank in a step, and the run's own, ascending."""
     training = context.settings.training
-    places = max(1, context.ranks // training.sequence_parallel_ranks)
+    places = max(1, context.ranks // training.ranks_per_sequence)
     most = -(-training.global_batch_size // places)
     own = packs_per_micro_batch(context.effective)
     return sorted({own, *(2**power for power in range(8) if 2**power <= max(most, own))})

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bigmodel.config.settings import Settings
-from bigmodel.planning.parameters import Parameter
+from bigmodel.planning.parameters import Parameter, shared_of
 from bigmodel.planning.state_memory import LOW, WIDE, bytes_of
 
 # DeepSpeed's defaults of stage3_param_persistence_threshold, stage3_max_live_parameters and stage3_max_reuse_distance.
@@ -55,10 +55,12 @@ def collectives(
     if ranks == 1:
         return []
     if zero["stage"] < 3:
-        times, size = micro_batches if zero["stage"] == 2 else 1, settings.training.expert_parallel_ranks
-        experts = sum(one.numel for one in parameters if one.is_trained and one.is_of_experts) if size > 1 else 0
+        times, training = micro_batches if zero["stage"] == 2 else 1, settings.training
+        size = training.expert_parallel_ranks * training.tensor_parallel_ranks
+        shared = sum(one.numel for one in shared_of(parameters, settings) if one.is_trained)
+        of_shared = " of matrices" if training.tensor_parallel_ranks > 1 else " of experts"
         found = []
-        for numel, whose, among in ((trained - experts, "", 0), (experts // size, " of experts", ranks // size)):
+        for numel, whose, among in ((trained - shared, "", 0), (shared // size, of_shared, ranks // size)):
             if numel and among != 1:  # 1: no other rank holds them
                 found.append(Collective("all_reduce", f"gradients{whose}", summed * numel * times, among))
                 if zero["stage"]:

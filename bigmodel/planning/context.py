@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
-from bigmodel.config.expert_settings import refuse_across_nodes
+from bigmodel.config.parallel_settings import refuse_across_nodes
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.store.manifest import MANIFEST, Manifest

@@ -8,6 +8,7 @@ Example: a decoder of 12 layers and width 768 with 32,000 rows has blocks.0.atte
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -19,6 +20,11 @@ from bigmodel.config.settings import ModelSettings, Settings
 
 Role = Literal["matrix", "embedding", "vector"]
 Shape = tuple[int, ...]
+# What tensor-parallel ranks share by rows, and by columns (bigmodel/training/zero/tensor_parallel.py).
+BY_ROWS = re.compile(
+    r"(embedding|head)\.weight|.*blocks\.\d+\.(attention\.query_key_value|feed_forward\.(gate_)?up)\..*"
+)
+BY_COLUMNS = re.compile(r".*blocks\.\d+\.(attention\.output|feed_forward\.down)\.weight")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,18 @@ class Parameter:
         """Whether its rows are experts, which ranks may share."""
         return self.name.endswith((".experts.gate_up", ".experts.down"))
 
+    @property
+    def is_of_tensors(self) -> bool:
+        """Whether tensor-parallel ranks share it."""
+        return bool(BY_ROWS.fullmatch(self.name) or BY_COLUMNS.fullmatch(self.name))
+
+    def part(self, size: int) -> "Parameter":
+        """An equal part of it on one of `size` ranks."""
+        rows, *columns = self.shape
+        if BY_COLUMNS.fullmatch(self.name):
+            return replace(self, shape=(rows, columns[0] // size))
+        return replace(self, shape=(rows // size, *columns))
+
 
 def parameters_of(settings: Settings, vocabulary: int) -> list[Parameter]:
     """All parameters, with [lora]'s adapters; those of `training.freeze` are not trained. `vocabulary`: rows of the
@@ -52,11 +70,17 @@ def parameters_of(settings: Settings, vocabulary: int) -> list[Parameter]:
 
 
 def held_of(parameters: Sequence[Parameter], settings: Settings) -> list[Parameter]:
-    """Of one rank: its part of the experts that `training.expert_parallel_ranks` ranks share, and all others."""
-    size = settings.training.expert_parallel_ranks
-    return [
-        replace(one, shape=(one.shape[0] // size, *one.shape[1:])) if one.is_of_experts else one for one in parameters
-    ]
+    """Of one rank: its parts of what ranks share, and all others."""
+    size = settings.training.expert_parallel_ranks * settings.training.tensor_parallel_ranks
+    shared = {one.name for one in shared_of(parameters, settings)}
+    return [one.part(size) if one.name in shared else one for one in parameters]
+
+
+def shared_of(parameters: Sequence[Parameter], settings: Settings) -> list[Parameter]:
+    """Experts (`training.expert_parallel_ranks`) or matrices (`tensor_parallel_ranks`) of which a rank holds a part."""
+    if settings.training.tensor_parallel_ranks > 1:
+        return [one for one in parameters if one.is_of_tensors]
+    return [one for one in parameters if one.is_of_experts and settings.training.expert_parallel_ranks > 1]
 
 
 def _transformer(model: ModelSettings, vocabulary: int) -> Iterator[Parameter]:

@@ -44,6 +44,7 @@ class Demand(NamedTuple):
     host_bytes: float  # moved there by the update
     all_to_all_bytes: float  # sent, of Ulysses
     expert_rows_bytes: float  # sent to the ranks of experts and back, at even loads
+    tensor_bytes: float  # gathered and added up by tensor-parallel ranks
     collectives: tuple[Collective, ...]
     model_flops: tuple[float, float, float]  # of all ranks: causal, full, hardware
     checkpoint_bytes: int  # of all ranks
@@ -66,7 +67,7 @@ def step_demand(context: "Context", packs: int = 0, of_pack: PackWork | None = N
     if settings.training.activation_checkpointing == "full":
         full = flops(settings.model, context.vocabulary, work, sizes, recomputed=True, passes=passes)
         again = full.hardware - counted.hardware
-    shards = settings.training.sequence_parallel_ranks
+    shards = settings.training.ranks_per_sequence
     micro_batches = num_micro_batches(packs, ranks // shards, effective["train_micro_batch_size_per_gpu"])
     weights = matrix_weights(settings.model, context.vocabulary)
     linear = passes * 2 * (weights.of_position * work.positions + weights.of_source * work.source_positions)
@@ -86,6 +87,7 @@ def step_demand(context: "Context", packs: int = 0, of_pack: PackWork | None = N
         host_bytes=in_host,
         all_to_all_bytes=_all_to_all_bytes(context, work) / ranks,
         expert_rows_bytes=_expert_rows_bytes(context.settings, work) / ranks,
+        tensor_bytes=_tensor_bytes(settings, work) / ranks,
         collectives=tuple(collectives(parameters, settings, effective, ranks, micro_batches)),
         model_flops=(counted.causal, counted.full, counted.hardware + again),
         checkpoint_bytes=checkpoint_bytes(context, parameters),
@@ -180,6 +182,15 @@ def _expert_rows_bytes(settings: Settings, work: Work) -> float:
     row = bytes_of(settings.training.precision) * model.hidden_size
     layers = model.num_expert_layers
     return 2 * passes * row * model.experts.per_token * work.positions * layers * (size - 1) / size
+
+
+def _tensor_bytes(settings: Settings, work: Work) -> float:
+    """Over all ranks: each block gathers the states twice and adds them up twice, forward and backward, once more
+    forward where anything is recomputed; embedding and head once each way (Korthikanti et al. 2022)."""
+    size = settings.training.tensor_parallel_ranks
+    passes = 2 if settings.training.activation_checkpointing == "none" else 3
+    states = bytes_of(settings.training.precision) * settings.model.hidden_size * work.positions
+    return states * (size - 1) * (4 * passes * num_blocks(settings.model) + 4)
 
 
 def _all_to_all_bytes(context: "Context", work: Work) -> float:

@@ -94,7 +94,8 @@ def step_time(context: "Context", calibration: Rates | None = None) -> StepTime:
         mfu_full=full,
         hfu=of_hardware,
         sent_bytes={f"{one.name} {one.purpose}": one.sent(context.ranks) for one in demand.collectives}
-        | ({"all_to_all expert parallel": int(demand.expert_rows_bytes)} if demand.expert_rows_bytes else {}),
+        | ({"all_to_all expert parallel": int(demand.expert_rows_bytes)} if demand.expert_rows_bytes else {})
+        | ({"all_to_all tensor parallel": int(demand.tensor_bytes)} if demand.tensor_bytes else {}),
         run_tokens=sum(steps * demand.tokens for steps, demand in segments),
         run_seconds=training + evaluation,
         evaluation_seconds=evaluation,
@@ -134,6 +135,7 @@ def sent_seconds(context: "Context", demand: Demand, hardware: Hardware, rates: 
     for purpose, size, sent in (
         ("sequence parallel", training.sequence_parallel_ranks, demand.all_to_all_bytes),
         ("expert parallel", training.expert_parallel_ranks, demand.expert_rows_bytes),
+        ("tensor parallel", training.tensor_parallel_ranks, demand.tensor_bytes),
     ):
         if sent:
             inside = size <= hardware.gpus_per_node

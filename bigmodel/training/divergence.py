@@ -22,6 +22,7 @@ from bigmodel.training.checkpoint.failures import NotFiniteError
 from bigmodel.training.checkpoint.finite import not_finite
 from bigmodel.training.checkpoint.folder import path_of
 from bigmodel.training.checkpoint.health import record_divergence
+from bigmodel.training.slices import Place
 from bigmodel.training.spikes import usual_of
 
 MAX_BAD_STEPS = 10  # this many in a row without a finite loss and gradient mean divergence; fp16 lowers its scale first
@@ -46,7 +47,7 @@ class Held(Protocol):
     """The part of the engine that `refuse_broken_state` uses."""
 
     def names(self) -> list[str]: ...
-    def held(self, name: str) -> dict[str, tuple[int, Tensor]]: ...
+    def held(self, name: str) -> dict[str, tuple[int | Place, Tensor]]: ...
 
 
 def refuse_broken_state(engine: Held, done: int, settings: Settings, world: World) -> None:

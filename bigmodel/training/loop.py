@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.deepspeed_json import without_effect
-from bigmodel.config.expert_settings import refuse_across_nodes
+from bigmodel.config.parallel_settings import refuse_across_nodes
 from bigmodel.config.settings import Settings, UserError, to_toml_table
 from bigmodel.data.advice.lane_advice import lane_warning, padding_warning
 from bigmodel.data.load.stream import Step, Stream
@@ -148,7 +148,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     effective, settings = resolve_deepspeed(settings, world.size)
     settings, fastest = resolve_attention_kernel(settings, effective["train_micro_batch_size_per_gpu"], world)
     store = ShardStore.of_run(settings.data, "train")
-    place, seat = _seats(world, settings.training.sequence_parallel_ranks)
+    place, seat = _seats(world, settings.training.ranks_per_sequence)
     refuse_across_nodes(settings, seat.local_size)
     validation = make_validation(settings.data, effective["train_micro_batch_size_per_gpu"])
     tasks = TrainingTasks(settings, world, effective["train_micro_batch_size_per_gpu"])
@@ -397,7 +397,7 @@ def _report_start(
             line.say(text)
     packs = start.order.packs_at(start.step)
     line.say(_opening(settings, model, world.size, start.step, packs, metrics.endpoint))
-    places = world.size // settings.training.sequence_parallel_ranks
+    places = world.size // settings.training.ranks_per_sequence
     if warning := padding_warning(packs, places, effective["train_micro_batch_size_per_gpu"]):
         line.say(warning)
     if effective["zero_optimization"].get("overlap_comm"):
@@ -414,7 +414,7 @@ def _open_stream(
     """The steps of this rank; reading ahead begins here. Collective if the lanes are planned by several nodes."""
     nodes = None
     if place.num_nodes > 1 and settings.data.lanes > 1:
-        speaks = place.rank_in_node == 0 and world.rank % settings.training.sequence_parallel_ranks == 0
+        speaks = place.rank_in_node == 0 and world.rank % settings.training.ranks_per_sequence == 0
         nodes = NodeSums(world, place.node, place.num_nodes, speaks)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
     pin = world.device.type == "cuda"

@@ -165,7 +165,7 @@ def test_the_settings_named_for_keys_of_other_systems_exist() -> None:
     [
         ("pipe-parallel-size", "pipeline parallelism is not offered"),
         ("pipe_parallel_size", "pipeline parallelism is not offered"),
-        ("tensor_model_parallel_size", "tensor parallelism is not offered"),
+        ("tensor_model_parallel_size", "training.tensor_parallel_ranks"),
         ("num-layers", "set model.num_layers in the run file"),
         ("micro-batch-size", 'write "train_micro_batch_size_per_gpu"'),
         ("seq-length", "set data.sequence_length in the run file"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bigmodel.config.expert_settings import refuse_across_nodes
+from bigmodel.config.parallel_settings import refuse_across_nodes
 from bigmodel.config.sections import explain
 from bigmodel.config.settings import ModelSettings, Settings, UserError
 from bigmodel.config.start_folder import completed

@@ -66,6 +66,8 @@ def settings_table(
     draws = other.pop("draws", True)
     model = asked | {"dropout": 0.1} if asked else model | (DROPOUT if draws else {}) | other.pop("norms", {})
     model = model | {"tied_embeddings": other.pop("tied", False)}
+    if rows := other.pop("vocabulary_multiple", 0):
+        model["vocabulary_multiple"] = rows
     if experts := other.pop("experts", None):
         model["experts"] = experts
     training = {"steps": 20, "global_batch_size": PACKS, "precision": precision, "deepspeed": str(folder / name)}
@@ -131,7 +133,7 @@ def new_model(settings: Settings, effective: dict[str, Any] | None = None) -> Tr
     """With an effective DeepSpeed configuration of stage 3, partitioned from the start."""
     sharing = settings.training.expert_parallel_ranks if effective else 1
     with creation(effective or {"zero_optimization": {"stage": 0}}, sharing) as whole:
-        model = build_model(settings.model, VOCABULARY)
+        model = build_model(settings.model, settings.model.num_rows(VOCABULARY))
         add_adapters(model, settings.lora)
     init_weights(model, 5, whole)
     for name, parameter in model.named_parameters():
@@ -268,7 +270,7 @@ def run_step(
 ) -> None:
     """One step as in the loop. A step in `skip_at` gets an infinite gradient, on `bad_rank` or all, and is skipped."""
     world, targets, skip = engine.world, num_targets_of(step), step in job.get("skip_at", [])
-    sharing = settings.training.sequence_parallel_ranks
+    sharing = settings.training.ranks_per_sequence
     place = world.rank // sharing, world.size // sharing, packs_per_micro_batch
     batches = micro_batches_of(step, *place, settings.training.scheduled_sampling)
     if step in job.get("evaluate_at", []):

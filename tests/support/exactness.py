@@ -105,6 +105,7 @@ def table_of(case: Case, folder: Path, **zero: Any) -> dict[str, Any]:
         optimizer=optimizer,
         training=training,
         experts=BALANCED.get(case.get("experts", "none")),
+        vocabulary_multiple=case.get("tensors", 0),
         zero=zero,
     )
 
@@ -118,15 +119,16 @@ def _oracle(
     groups: bool,
     tied: bool,
     experts: str,
+    tensors: int,
     packs: int,
     steps: int,
 ) -> Any:
     """Path of the oracle's tensors, its losses and norms, and the errors of one process of that precision."""
     case = {"stage": 1, "precision": precision, "optimizer": optimizer, "activation_checkpointing": "none"}
     case |= {"offload": "none", "packs_at_once": 1, "persistence": 0, "ema": ema, "groups": groups, "tied": tied}
-    case |= {"experts": experts}
+    case |= {"experts": experts, "tensors": tensors}
     settings = Settings.model_validate(table_of(case, folder))
-    stem = f"oracle-{precision}-{optimizer}-{ema}-{groups}-{tied}-{experts}-{packs}-{steps}"
+    stem = f"oracle-{precision}-{optimizer}-{ema}-{groups}-{tied}-{experts}-{tensors}-{packs}-{steps}"
     path = folder / f"{stem}.safetensors"
     low = precision != "fp32"
     seen = oracle(settings, steps, path, wide=low)
@@ -147,9 +149,12 @@ def _oracle(
 def job_of(case: Case, folder: Path, steps: int = STEPS, **zero: Any) -> dict[str, Any]:
     """The job for `tests.support.engine_worker.launch`."""
     facts = [*(case[key] for key in ("precision", "optimizer", "ema", "groups", "tied")), case.get("experts", "none")]
+    facts.append(case.get("tensors", 0))
     packs = case["packs_at_once"] if case["precision"] != "fp32" else PACKS
     path, seen, allowed = _oracle(folder, *facts, packs, steps)
     table = table_of(case, folder, **zero)
+    if "tensors" in case:
+        table["training"]["tensor_parallel_ranks"] = case["tensors"]
     return {"settings": table, "steps": steps, "oracle": str(path), "seen": seen, "allowed": allowed}
 
 

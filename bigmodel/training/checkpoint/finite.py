@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bigmodel.training.slices import parse_place, parts_of
+
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
     """tensors: flat, by "KEY.NAME@START". "": all are finite."""
@@ -21,8 +23,10 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str:
             name, _, start = place.rpartition("@")
             key, _, parameter = name.partition(".")
             first = int(wrong[0])
+            begin, runs = parse_place(start)
+            at = next(parts_of(runs, begin + first, 1)).first if runs else begin + first
             return (
                 f"{key} of {parameter}: {len(wrong):,} of {len(tensor):,} numbers not finite, the first is "
-                f"{float(tensor[first])} at {int(start) + first}"
+                f"{float(tensor[first])} at {at}"
             )
     return ""

@@ -3,7 +3,8 @@ not at all. saver.py writes it, remote.py copies it to an object store.
 
     checkpoints/step-00000100/
       rank-00000.safetensors ...   weight.NAME@START, exp_avg.NAME@START ...: the rank's shards of parameters, flat,
-                                   fp32; START is the index of the first element in the flattened tensor
+                                   fp32; START is the index of the first element in the flattened tensor. A shard
+                                   of tensor-parallel ranks may be several ranges: `Place` in slices.py
       state.json                   step, updates, the caller's state (cursor, counters), model, optimizer, shapes, keys,
                                    the run's id (identity.py)
       manifest.json                bytes and checksum of every other file, world size, versions, its own checksum
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,9 +49,10 @@ from bigmodel.training.checkpoint.folder import path_of, read_manifest, remove_p
 from bigmodel.training.checkpoint.health import go_back, usable_steps
 from bigmodel.training.checkpoint.identity import require_own
 from bigmodel.training.checkpoint.merged import MergedReader
+from bigmodel.training.slices import Place, Run, one_range, parse_place, parts_of
 
 Read = Callable[[str, str, int, int], Tensor]  # (name, key, start, numel) -> those elements, flat, fp32
-Piece = tuple[str, int, int, str]  # "key.name", start, numel, file name
+Piece = tuple[str, str, int, str]  # "key.name", place (`START`, or a `Place`), numel, file name
 
 
 class States(Protocol):
@@ -61,7 +63,7 @@ class States(Protocol):
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def keys(self, name: str) -> list[str]: ...
-    def owned(self, name: str) -> dict[str, tuple[int, Tensor]]: ...
+    def owned(self, name: str) -> dict[str, tuple[int | Place, Tensor]]: ...
     def write(self, read: Read, updates: int, scaler: dict[str, float]) -> None: ...
     def scaler_state(self) -> dict[str, float]: ...
 
@@ -380,7 +382,16 @@ def _pieces(file: Path) -> list[Piece]:
             found = [(name, tensors.get_slice(name).get_shape()[0]) for name in tensors.keys()]  # noqa: SIM118 - no dict
     except SafetensorError as error:
         raise UserError(f"{file}: not a safetensors file: {error}; restore it from a copy") from None
-    return [(name.rpartition("@")[0], int(name.rpartition("@")[2]), numel, file.name) for name, numel in found]
+    return [(name.rpartition("@")[0], name.rpartition("@")[2], numel, file.name) for name, numel in found]
+
+
+class Held(NamedTuple):
+    """Elements of a whole tensor that a file holds: in its tensor `name`, from number `at` on."""
+
+    run: Run
+    at: int
+    name: str
+    file: str
 
 
 class Reader:
@@ -388,9 +399,15 @@ class Reader:
 
     def __init__(self, path: Path, chunks: Sequence[Piece], kept_open: int = 64) -> None:
         self._path = path
-        self._pieces: dict[str, list[Piece]] = {}
-        for chunk in sorted(chunks):
-            self._pieces.setdefault(chunk[0], []).append(chunk)
+        self._held: dict[str, list[Held]] = {}
+        for tensor, place, numel, file in chunks:
+            start, runs = parse_place(place)
+            at = 0
+            for run in parts_of(runs, start, numel) if runs else [one_range(start, numel)]:
+                self._held.setdefault(tensor, []).append(Held(run, at, f"{tensor}@{place}", file))
+                at += run.numel
+        for held in self._held.values():
+            held.sort()
         self._file = lru_cache(maxsize=kept_open)(lambda name: safe_open(path / name, framework="pt"))
 
     def __enter__(self) -> Read:
@@ -401,11 +418,19 @@ class Reader:
 
     def _read(self, name: str, key: str, start: int, numel: int) -> Tensor:
         parts = list(self._overlaps(f"{key}.{name}", start, start + numel))
-        assert sum(part.numel() for part in parts) == numel, f"{self._path}: {key}.{name} is not all there"
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        assert sum(run.numel for run, _ in parts) == numel, f"{self._path}: {key}.{name} is not all there"
+        if len(parts) == 1:
+            return parts[0][1]
+        found = torch.empty(numel, dtype=torch.float32)
+        for run, values in parts:
+            run._replace(first=run.first - start).of(found).copy_(values.view(run.repeats, run.length))
+        return found
 
-    def _overlaps(self, tensor: str, start: int, end: int) -> Iterator[Tensor]:
-        for _, first, numel, file in self._pieces.get(tensor, []):
-            low, high = max(start, first), min(end, first + numel)
-            if low < high:
-                yield self._file(file).get_slice(f"{tensor}@{first}")[low - first : high - first]
+    def _overlaps(self, tensor: str, start: int, end: int) -> Iterator[tuple[Run, Tensor]]:
+        """What the files hold of the range: where it is in the whole, and the elements."""
+        for held in self._held.get(tensor, []):
+            if held.run.first >= end:
+                return
+            for number, run in held.run.within(start, end):
+                low = held.at + number
+                yield run, self._file(held.file).get_slice(held.name)[low : low + run.numel]

@@ -28,12 +28,13 @@ from bigmodel.run_directory import record_event
 from bigmodel.training.checkpoint.folder import path_of
 from bigmodel.training.checkpoint.format import States
 from bigmodel.training.checkpoint.saver import Saver
+from bigmodel.training.slices import Place
 
 
 class WholeStates(States, Protocol):
     @property
     def holds_all(self) -> bool: ...
-    def held(self, name: str) -> dict[str, tuple[int, Tensor]]: ...
+    def held(self, name: str) -> dict[str, tuple[int | Place, Tensor]]: ...
 
 
 class Rescue:
@@ -105,5 +106,5 @@ class _Whole:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def owned(self, name: str) -> dict[str, tuple[int, Tensor]]:
+    def owned(self, name: str) -> dict[str, tuple[int | Place, Tensor]]:
         return self._engine.held(name)

@@ -25,7 +25,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,17 +40,19 @@ from bigmodel.metrics.phases import Phases
 from bigmodel.training.optimizers.groups import build_optimizer, expert_group, states_of
 from bigmodel.training.optimizers.shards import Part, Shards
 from bigmodel.training.optimizers.table import OPTIMIZERS, STEP
+from bigmodel.training.slices import Place, Slice, parts_of
 from bigmodel.training.zero.examine import first_nonfinite, squared_gradients
-from bigmodel.training.zero.expert_parallel import ExpertParallel, Slice, made_whole
+from bigmodel.training.zero.expert_parallel import ExpertParallel, made_whole
 from bigmodel.training.zero.held_zeros import HeldZeros
 from bigmodel.training.zero.layouts import ParameterShard, layout_of
 from bigmodel.training.zero.mmap_state import MappedFiles
+from bigmodel.training.zero.tensor_parallel import TensorParallel
 from bigmodel.training.zero.ulysses import Sequence
 from bigmodel.training.zero.wrapping import hide_gathers, wrap_blocks
 
 WEIGHT, AVERAGE = "weight", "ema"  # keys of the state, in addition to the optimizer's
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # state of DeepSpeed's loss scaler
-MARK = "shares_experts"  # name of a module
+MARK = "shares_parameters"  # name of a module
 COLLECTIVES = (
     "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast", "wait",
     "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single", "barrier",
@@ -59,7 +61,8 @@ COLLECTIVES = (
 # Elements at a time in fp64. On a CPU the copy of a part stays in the cache: 4 million elements take 5 ms, not 46.
 PART, PART_ON_CPU = 1 << 24, 1 << 16
 
-Piece = tuple[int, Tensor]  # the first element in the flattened tensor, and the elements: fp32, one-dimensional
+# The first element in the flattened tensor, or a `Place` of several ranges; and the elements: fp32, one-dimensional.
+Piece = tuple[int | Place, Tensor]
 
 
 class Engine:
@@ -83,8 +86,9 @@ class Engine:
         self.updates = 0
         self._parameters = dict(model.named_parameters())
         self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
-        self._experts = _share_experts(model, settings, world, self.phases)
-        self._slices: dict[str, Slice] = self._experts.slices if self._experts else {}
+        self._shared = _share(model, settings, world, self.phases)
+        self._tensors = self._shared if isinstance(self._shared, TensorParallel) else None
+        self._slices: dict[str, Slice] = self._shared.slices if self._shared else {}
         self._shapes |= {name: one.shape for name, one in self._slices.items()}
         wrap_blocks(model, settings, effective["zero_optimization"]["stage"])
         self._optimizer = build_optimizer(model, settings.optimizer)
@@ -95,15 +99,15 @@ class Engine:
         }
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._states = {name: states[id(parameter)] for name, parameter in self._trained.items()}
-        self._engine = _initialize(model, self._optimizer, effective, settings, self._experts)
+        self._engine = _initialize(model, self._optimizer, effective, settings, self._shared)
         _time_communication(self.phases)
         _reduce_nothing_on_one_rank(self._engine.optimizer, world.size)
         if offload := getattr(self._engine.optimizer, "parameter_offload", None):  # ZeRO-3
             hide_gathers(offload)
         self._layout = layout_of(self._engine, self._optimizer)
-        if self._experts and not self._layout.partitioned:
+        if self._shared and not self._layout.partitioned:
             self._engine.clip_fp32_gradients = self._clip
-        self._shards = {name: self._shard_of_whole(name) for name in self._trained}
+        self._shards = {name: self._layout.shard(parameter) for name, parameter in self._trained.items()}
         self._names = {id(parameter): name for name, parameter in self._trained.items()}
         self.buffers = dict(self._engine.module.named_buffers())  # loads and biases of experts
         self._shapes |= {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
@@ -155,7 +159,7 @@ class Engine:
             total += square.to(total.device)
         squares = float(total)
         (of_ranks,) = self.world.sum_([squares])
-        if not self._layout.partitioned and self._experts and math.isfinite(of_ranks):
+        if not self._layout.partitioned and self._shared and math.isfinite(of_ranks):
             squares = self._squares_of_replicas(by_master)
         elif self._layout.partitioned or not math.isfinite(of_ranks):  # replicas: also what only one has spoilt
             squares = of_ranks
@@ -163,20 +167,21 @@ class Engine:
         return self._norm
 
     def _squares_of_replicas(self, gradients: list[list[Tensor]]) -> float:
-        """The square of the norm at stage 0, where ranks hold different experts and the rest alike."""
-        assert self._experts, "without shared experts all ranks hold all"
-        ours = {id(parameter) for parameter in self._experts.parameters}
-        of_experts, rest = 0.0, 0.0
+        """The square of the norm at stage 0, where ranks hold different experts, or parts of matrices, and the rest
+        alike."""
+        assert self._shared, "without shared parameters all ranks hold all"
+        ours = {id(parameter) for parameter in self._shared.parameters}
+        of_shared, rest = 0.0, 0.0
         for members, chunks in zip(self._layout.members(), gradients, strict=True):
             squares = math.fsum(float(self._squares[id(chunk)]) for chunk in chunks)
             if id(members[0]) in ours:
-                of_experts += squares if self.world.rank < self._experts.size else 0.0  # once of each expert
+                of_shared += squares if self.world.rank < self._shared.size else 0.0  # once of each part
             else:
                 rest += squares
-        return rest + self.world.sum_([of_experts])[0]
+        return rest + self.world.sum_([of_shared])[0]
 
     def _clip(self) -> None:
-        """Clip at stage 0 by the norm over all experts; DeepSpeed's own takes the mean of the ranks' norms."""
+        """Clip at stage 0 by the norm over all ranks' parts; DeepSpeed's own takes the mean of the ranks' norms."""
         limit = self._engine.gradient_clipping()
         assert self._norm is not None, "the norm comes before the update"
         factor = min(1.0, limit / (self._norm + 1e-6))
@@ -246,7 +251,8 @@ class Engine:
     @torch.no_grad()
     def forward(self, batch: Any, output: str = "loss_sum") -> Tensor:
         """The model's output in evaluation mode, without gradients; no effect on training."""
-        return evaluated(self._engine, batch, output, self._compiles)
+        run = partial(evaluated, self._engine, output=output, compiled=self._compiles)
+        return self._tensors.in_turn(run, batch) if self._tensors else run(batch)
 
     def report_collectives(self) -> None:
         """Print DeepSpeed's table of all collectives so far, if the JSON's `comms_logger` is on. Collective."""
@@ -312,13 +318,13 @@ class Engine:
         Each element has exactly one owner.
         """
         chunks = {}
-        for key, (first, elements) in self.held(name).items():
+        for key, (first, elements) in self._held(name).items():
             if self._is_replicated(name, key):  # each rank that holds them owns a share
                 copy, copies = self._copies(name)
                 edges = [elements.numel() * number // copies for number in (copy, copy + 1)]
                 first, elements = first + edges[0], elements[edges[0] : edges[1]]
             if elements.numel():
-                chunks[key] = (first, elements)
+                chunks[key] = (self._place(name, first), elements)
         return chunks
 
     @torch.no_grad()
@@ -328,8 +334,8 @@ class Engine:
         read(name, key, start, numel): these elements of the flattened tensor in fp32; called for this rank's elements.
         """
         for name in self.names():
-            for key, (first, elements) in self.held(name).items():
-                elements.copy_(read(name, key, first, elements.numel()))
+            for key, (first, elements) in self._held(name).items():
+                self._fill(name, first, elements, partial(read, name, key))
         for master in self._layout.masters():
             if STEP.key in self._optimizer.state[master]:
                 self._optimizer.state[master][STEP.key].fill_(float(updates))
@@ -345,9 +351,9 @@ class Engine:
         read(name, start, numel): these elements of the flattened weight in fp32; called for this rank's elements.
         """
         for name in names:
-            for key, (first, elements) in self.held(name).items():
+            for key, (first, elements) in self._held(name).items():
                 if key in (WEIGHT, AVERAGE):
-                    elements.copy_(read(name, first, elements.numel()))
+                    self._fill(name, first, elements, partial(read, name))
         self._layout.publish()
 
     def hold_zeros(self, names: Iterable[str]) -> None:
@@ -358,9 +364,9 @@ class Engine:
     def set_to_zero(self, name: str, where: Tensor) -> None:
         """Zero elements of a weight and of its average; the forward pass sees it after `publish`. where: flat, of the
         whole weight."""
-        for key, (first, elements) in self.held(name).items():
+        for key, (first, elements) in self._held(name).items():
             if key in (WEIGHT, AVERAGE):
-                elements.view(-1).masked_fill_(where[first : first + elements.numel()].to(elements.device), 0)
+                elements.view(-1).masked_fill_(self._taken(name, where, first, elements.numel()).to(elements.device), 0)
 
     def publish(self) -> None:
         """Copy the masters to the weights of the forward pass. Collective."""
@@ -400,15 +406,11 @@ class Engine:
                     yield f"{key} of {name}", elements
 
     def _whole_frozen(self, name: str) -> Tensor:
-        start, elements = self._frozen(name)
+        start, elements = self._layout.frozen(self._parameters[name])
         if self._is_replicated(name, WEIGHT) and name not in self._slices:
             return elements.float().view(self._shapes[name]).clone()
         shard = ParameterShard(start, elements.numel(), -1, 0) if elements.numel() else None
         return self._assemble(name, shard, elements.float())
-
-    def _frozen(self, name: str) -> Piece:
-        start, elements = self._layout.frozen(self._parameters[name])
-        return start + (self._slices[name].first if name in self._slices else 0), elements
 
     def state_tensors(self) -> list[Tensor]:
         """All tensors that offloading moves off the device: masters, their gradients, moments, averages; no copies."""
@@ -429,10 +431,14 @@ class Engine:
     @torch.no_grad()
     def held(self, name: str) -> dict[str, Piece]:
         """By key, this rank's elements of a parameter's state, as views."""
+        return {key: (self._place(name, first), elements) for key, (first, elements) in self._held(name).items()}
+
+    def _held(self, name: str) -> dict[str, tuple[int, Tensor]]:
+        """`held`, counted from the first element of this rank's slice."""
         if name in self.buffers:
             return {WEIGHT: (0, self.buffers[name].view(-1))}
         if name not in self._trained:
-            return {WEIGHT: self._frozen(name)}
+            return {WEIGHT: self._layout.frozen(self._parameters[name])}
         shard, held = self._shards[name], {key: (0, vector) for key, vector in self._vectors[name].items()}
         if shard is not None:
             for key in [key for key in self.keys(name) if key not in held]:
@@ -440,7 +446,7 @@ class Engine:
         return held
 
     def _is_replicated(self, name: str, key: str) -> bool:
-        """Whether every rank holds the same elements; of experts, every rank that holds these."""
+        """Whether every rank holds the same elements; of shared parameters, every rank with the same part."""
         if name in self.buffers:
             return True
         if name not in self._trained:
@@ -449,15 +455,25 @@ class Engine:
 
     def _copies(self, name: str) -> tuple[int, int]:
         """Of what is replicated: the number of this rank's copy, and of all copies."""
-        size = self._experts.size if self._experts and name in self._slices else 1
+        size = self._shared.size if self._shared and name in self._slices else 1
         return self.world.rank // size, self.world.size // size
 
-    def _shard_of_whole(self, name: str) -> ParameterShard | None:
-        """This rank's shard of a trained parameter, counted from the first element of the whole."""
-        shard = self._layout.shard(self._trained[name])
-        if shard is None or name not in self._slices:
-            return shard
-        return replace(shard, start=shard.start + self._slices[name].first)
+    def _place(self, name: str, start: int) -> int | Place:
+        return self._slices[name].place(start) if name in self._slices else start
+
+    def _taken(self, name: str, whole: Tensor, start: int, numel: int) -> Tensor:
+        """These elements of this rank's slice, from the flat whole."""
+        return self._slices[name].take(whole, start, numel) if name in self._slices else whole[start : start + numel]
+
+    def _fill(self, name: str, start: int, elements: Tensor, read: Callable[[int, int], Tensor]) -> None:
+        """Fill elements of this rank's slice. read(start, numel): these elements of the flat whole."""
+        if name not in self._slices:
+            elements.copy_(read(start, elements.numel()))
+            return
+        rest = elements
+        for run in parts_of(self._slices[name].runs, start, elements.numel()):
+            rest[: run.numel].view(run.repeats, run.length).copy_(run._replace(first=0).of(read(run.first, run.span)))
+            rest = rest[run.numel :]
 
     def _flat(self, shard: ParameterShard, key: str) -> Tensor:
         master = self._layout.masters()[shard.master]
@@ -474,8 +490,10 @@ class Engine:
         flat = torch.zeros(math.prod(shape), dtype=torch.float32, device=self.world.device)
         first_copy = not replicated or name not in self._slices or self._copies(name)[0] == 0
         if shard is not None and chunk is not None and first_copy:
-            fragment_of_whole = flat.narrow(0, shard.start, shard.numel)
-            fragment_of_whole.copy_(chunk)
+            if name in self._slices:
+                self._slices[name].put(flat, shard.start, chunk)
+            else:
+                flat.narrow(0, shard.start, shard.numel).copy_(chunk)
         if not replicated or name in self._slices:
             dist.all_reduce(flat.view(torch.int32))
         return flat.view(shape)
@@ -501,7 +519,7 @@ class Engine:
                 if self._layout.partitioned:
                     dist.broadcast(matrices[owner], owner)
                 if shard := self._shards[name]:
-                    shard.of(changed).copy_(matrices[owner].flatten().narrow(0, shard.start, shard.numel))
+                    shard.of(changed).copy_(self._taken(name, matrices[owner].flatten(), shard.start, shard.numel))
         return changed
 
     def _names_in(self, master: Tensor) -> list[str]:
@@ -589,26 +607,31 @@ def _made_whole(parameter: Any) -> Iterator[None]:
         parameter.partition(has_been_updated=True)
 
 
-def _share_experts(model: nn.Module, settings: Settings, world: World, phases: Phases) -> ExpertParallel | None:
-    """Keep this rank's experts only, where ranks share them, and mark them as DeepSpeed's own. Raises `UserError` where
-    all are frozen: DeepSpeed would see no expert to train."""
-    size = settings.training.expert_parallel_ranks
-    if size == 1:
+def _share(model: Any, settings: Settings, world: World, phases: Phases) -> ExpertParallel | TensorParallel | None:
+    """Keep this rank's experts, or parts of matrices, where ranks share them, and mark them as what DeepSpeed calls
+    experts. Raises `UserError` where all are frozen: DeepSpeed would see no expert to train."""
+    training, shared = settings.training, None
+    if training.expert_parallel_ranks > 1:
+        shared = ExpertParallel(model, training.expert_parallel_ranks, world.rank, phases)
+        name, what = "expert_parallel_ranks", "expert"
+    elif training.tensor_parallel_ranks > 1:
+        shared = TensorParallel(model, training.tensor_parallel_ranks, world.rank, phases)
+        name, what = "tensor_parallel_ranks", "shared matrix"
+    if shared is None:
         return None
-    experts = ExpertParallel(model, size, world.rank, phases)
-    if not any(parameter.requires_grad for parameter in experts.parameters):
+    if not any(parameter.requires_grad for parameter in shared.parameters):
         raise UserError(
-            f"training.freeze = {settings.training.freeze} with training.expert_parallel_ranks = {size}: no expert is "
-            "trained; set expert_parallel_ranks to 1"
+            f"training.freeze = {training.freeze} with training.{name} = {shared.size}: no {what} is trained; set "
+            f"{name} to 1"
         )
-    for parameter in experts.parameters:
-        parameter.allreduce, parameter.group_name = False, expert_group(size)
-    return experts
+    for parameter in shared.parameters:
+        parameter.allreduce, parameter.group_name = False, expert_group(shared.size)
+    return shared
 
 
 def _mark(model: nn.Module, size: int) -> None:
-    """Add a module by which DeepSpeed's engine knows that there are experts, and has their groups made: `ep_size_N`,
-    of N neighbours, and of ranks N apart."""
+    """Add a module by which DeepSpeed's engine knows that ranks share parameters, and has their groups made:
+    `ep_size_N`, of N neighbours, and of ranks N apart."""
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups
 
@@ -628,7 +651,7 @@ def _initialize(
     optimizer: torch.optim.Optimizer,
     effective: dict[str, Any],
     settings: Settings,
-    experts: ExpertParallel | None,
+    shared: ExpertParallel | TensorParallel | None,
 ) -> Any:
     """deepspeed.initialize, without its output; an error in the configuration becomes a `UserError`."""
     with _quiet():
@@ -637,8 +660,8 @@ def _initialize(
         from deepspeed.runtime.config import DeepSpeedConfigError
         from pydantic import ValidationError
 
-        if experts:
-            _mark(model, experts.size)
+        if shared:
+            _mark(model, shared.size)
         try:
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=for_deepspeed(effective), dist_init_required=False
@@ -661,9 +684,9 @@ def _initialize(
                 f"training.precision = {settings.training.precision}: this device does not support it; use fp32, or "
                 "bf16 where supported"
             ) from None
-        if experts:
+        if shared:
             delattr(model, MARK)
-            experts.connect(deepspeed.utils.groups._get_expert_parallel_group(expert_group(experts.size)))
+            shared.connect(deepspeed.utils.groups._get_expert_parallel_group(expert_group(shared.size)))
     return engine
 
 

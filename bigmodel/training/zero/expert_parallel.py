@@ -31,14 +31,7 @@ from torch import Tensor, nn
 
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.experts import Experts
-
-
-class Slice(NamedTuple):
-    """This rank's part of a parameter: elements [first, first + numel) of the flattened whole of this shape."""
-
-    shape: tuple[int, ...]
-    first: int
-    numel: int
+from bigmodel.training.slices import Slice
 
 
 class ExpertParallel:
@@ -56,8 +49,7 @@ class ExpertParallel:
         for layer in self._layers:
             for parameter in (layer.gate_up, layer.down):
                 _cut(parameter, size, self.rank)
-                numel = parameter.numel()
-                self.slices[names[id(parameter)]] = Slice(_whole_shape(parameter), self.rank * numel, numel)
+                self.slices[names[id(parameter)]] = Slice.of_rows(_whole_shape(parameter), size, self.rank)
                 self.parameters.append(parameter)
 
     def connect(self, group: Any) -> None:

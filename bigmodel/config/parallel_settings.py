@@ -1,0 +1,60 @@
+"""Ranks that share a model (training.tensor_parallel_ranks, training.expert_parallel_ranks): what does not fit them."""
+
+from typing import Any
+
+from bigmodel.config.user_error import UserError
+from bigmodel.sizes import counted_noun
+
+
+def problem_of_tensor_parallel(settings: Any) -> str:
+    """Why settings do not fit tensor-parallel ranks; empty if they do. settings: `Settings`, which imports this."""
+    model, training = settings.model, settings.training
+    size = training.tensor_parallel_ranks
+    if size == 1:
+        return ""
+    said = f"training.tensor_parallel_ranks = {size}"
+    divided = {"num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads}
+    for name, value in {**divided, "intermediate_size": model.intermediate_size}.items():
+        if value % size:
+            return f"{said} does not divide model.{name} = {value}; choose a divisor"
+    if model.is_recurrent or model.has_source:
+        return f'{said} with model.kind = "{model.kind}": only decoders and encoders are shared; set it to 1'
+    given: dict[str, tuple[Any, Any, str]] = {
+        "model.experts": (model.experts, None, "training.expert_parallel_ranks shares experts"),
+        "model.qk_norm_over": (model.qk_norm_over, "head", "each rank has some of the heads"),
+        "training.sequence_parallel_ranks": (
+            training.sequence_parallel_ranks,
+            1,
+            "tensor-parallel ranks share the positions already",
+        ),
+        "training.compile": (training.compile, False, "the exchange between ranks is not compiled"),
+        "training.scheduled_sampling": (training.scheduled_sampling, None, "predictions are of other positions"),
+        "lora.rank": (settings.lora.rank, 0, "adapters are not divided"),
+        "classification.classes": (settings.classification.classes, [], "a head of classes is not divided"),
+        "distillation.teacher": (settings.distillation.teacher, None, "the teacher's loss is not divided"),
+        "pruning.kind": (getattr(settings.pruning, "kind", "none"), "none", "it is not tested with divided matrices"),
+        "optimizer.qk_clip": (settings.optimizer.qk_clip, 0.0, "each rank has some of the heads"),
+    }
+    for name, (value, default, reason) in given.items():
+        if value != default:
+            return f"{name} with {said}: {reason}; leave one of them out"
+    if settings.optimizer.kind == "adafactor":
+        return (
+            f'optimizer.kind = "adafactor" with {said}: it keeps rows and columns of whole matrices; use another '
+            "optimizer"
+        )
+    return ""
+
+
+def refuse_across_nodes(settings: Any, ranks_on_node: int) -> None:
+    """Raise `UserError` where ranks of several nodes would share experts or matrices and the settings do not allow it.
+    settings: `Settings`. ranks_on_node: 1 where nodes have unequal numbers."""
+    training = settings.training
+    for kind in ("expert", "tensor"):
+        size = getattr(training, f"{kind}_parallel_ranks")
+        if not getattr(training, f"{kind}_parallel_across_nodes") and ranks_on_node % size:
+            raise UserError(
+                f"training.{kind}_parallel_ranks = {size} with {counted_noun(ranks_on_node, 'rank')} on a node: each "
+                f"layer would wait for the network; choose a divisor, or set training.{kind}_parallel_across_nodes = "
+                "true"
+            )

@@ -1,0 +1,167 @@
+"""Tensor parallelism: neighbouring ranks share the matrices of each layer (Megatron-LM; Shoeybi et al. 2019), and the
+positions between the layers (sequence parallelism; Korthikanti et al. 2022).
+
+In: the model and the number of consecutive ranks that share, n (`training.tensor_parallel_ranks`). They get the same
+batches. Each keeps one n-th of the heads (query, key, value and output matrices), of the feed-forward width, and of the
+vocabulary (embedding and output matrix). Norms, dropout and the residual stream are of one n-th of the positions: each
+attention and feed-forward layer gathers the positions before its first product, and adds the ranks' products up as it
+gives each rank its positions back.
+Guarantee: the loss and gradient of one rank. A rank's loss is that of its positions, so that all ranks together add up
+as always. The gradient of a shared matrix is whole on its rank; of norms and of the biases of second products each rank
+has the share of its positions. DeepSpeed adds up and divides by all ranks, for shared matrices over the ranks that hold
+the same part, as for experts (bigmodel/training/zero/expert_parallel.py). Sums over the sharing ranks are in fp32, in
+the order of ranks. Costs per layer and pass: 2 gathers and 2 sums, each of the hidden states of a micro-batch, (n - 1)
+/ n of them to other ranks; the same once for the embedding and once for the head.
+
+Example: n = 2, 8 positions, hidden_size 64, 4 heads of 16 channels, vocabulary 100. Rank 1 has positions 4 to 7, heads
+2 and 3 and tokens 50 to 99. Its query matrix is (32, 64): it gathers (8, 64), multiplies to 2 heads of all positions,
+attends, multiplies by its output matrix (64, 32) to a term of (8, 64), and gets its rows of the sum, (4, 64).
+
+Evaluation is not shared: each rank has its own batches. The sharing ranks compute them together, one after the other.
+Positions that n does not divide are filled up with zeros, which no rank reads.
+
+The model does not know of this: `TensorParallel` cuts the weights and replaces the forward of layers.
+
+Letters: T positions, P positions of a rank, N ranks, H hidden_size, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bigmodel.config.settings import UserError
+from bigmodel.data.load.batch import Batch
+from bigmodel.metrics.phases import Phases
+from bigmodel.model.layers import FeedForward, Linear, product
+from bigmodel.model.transformer import Attention, RelativeBias, Transformer
+from bigmodel.training.slices import Slice
+from bigmodel.training.zero.shared_head import shared_head
+from bigmodel.training.zero.sharing_ranks import Gather, Scatter, SharingRanks
+
+
+class TensorParallel:
+    """The parts of this rank. Construction cuts the weights; `connect` comes once the process group exists.
+
+    slices: of the parameters that ranks share, by name.
+    """
+
+    def __init__(self, model: Transformer, size: int, rank: int, phases: Phases) -> None:
+        """Raises `UserError` where the vocabulary cannot be divided."""
+        self.size, self.rank, self._phases, self._model = size, rank % size, phases, model
+        self.slices: dict[str, Slice] = {}
+        self.parameters: list[nn.Parameter] = []
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        rows = model.embedding.num_embeddings
+        if rows % size:
+            raise UserError(
+                f"training.tensor_parallel_ranks = {size} does not divide the {rows} rows of the embedding; set "
+                f"model.vocabulary_multiple = {size}"
+            )
+        self._cut_rows(model.embedding.weight)
+        if model.head.weight is not model.embedding.weight:
+            self._cut_rows(model.head.weight)
+        for module in model.modules():
+            if isinstance(module, Attention):
+                self._cut_first(module.query_key_value)
+                self._cut_columns(module.output.weight)
+            elif isinstance(module, FeedForward):
+                self._cut_first(module.gate_up if module.is_gated else module.up)
+                self._cut_columns(module.down.weight)
+
+    def connect(self, group: Any) -> None:
+        """group: the ranks that share, in their order."""
+        model = self._model
+        ranks = self._ranks = SharingRanks(group, self.size, self.rank, self._phases)
+        model.embedding.forward = partial(_embed, model.embedding, ranks)  # type: ignore[method-assign]
+        model.input.forward = partial(_enter, model.input.forward, ranks)
+        model.head.forward = partial(shared_head, model.head, ranks)
+        for block in (*model.blocks, *model.extra_blocks):
+            block.forward = partial(_with_own_seeds, block.forward, ranks)
+        for module in model.modules():
+            if isinstance(module, RelativeBias):
+                module.forward = partial(_of_own_heads, module.forward, ranks)  # type: ignore[method-assign]
+            elif isinstance(module, Attention):
+                module.num_heads //= self.size
+                module.num_kv_heads //= self.size
+                module.first_head += self.rank * module.num_heads
+                _replace(module.query_key_value, _first_product, ranks)
+                _replace(module.output, _second_product, ranks)
+            elif isinstance(module, FeedForward):
+                _replace(module.gate_up if module.is_gated else module.up, _first_product, ranks)
+                _replace(module.down, _second_product, ranks)
+
+    def in_turn(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """`forward` of the batch of this rank. Each of the sharing ranks has another one, of any length."""
+        outputs = []
+        for number in range(self.size):
+            box = [batch.to("cpu") if number == self.rank else None]
+            with self._phases("communication"):
+                dist.broadcast_object_list(box, group=self._ranks.group, group_src=number)
+            theirs = box[0]
+            assert theirs is not None, "the broadcast gives every rank a batch"
+            outputs.append(forward(theirs.to(batch.tokens.device)))
+        return outputs[self.rank]
+
+    def _cut_first(self, linear: Linear) -> None:
+        self._cut_rows(linear.weight, linear.parts)
+        if linear.bias is not None:
+            self._cut_rows(linear.bias, linear.parts)
+
+    def _cut_rows(self, parameter: nn.Parameter, parts: Sequence[int] = ()) -> None:
+        rows, *across = parameter.shape
+        mine = Slice.of_rows(parameter.shape, self.size, self.rank, parts)
+        self._cut(parameter, mine, (rows // self.size, *across))
+
+    def _cut_columns(self, parameter: nn.Parameter) -> None:
+        rows, columns = parameter.shape
+        self._cut(parameter, Slice.of_columns(parameter.shape, self.size, self.rank), (rows, columns // self.size))
+
+    def _cut(self, parameter: nn.Parameter, mine: Slice, shape: tuple[int, ...]) -> None:
+        name = self._names[id(parameter)]
+        parameter.data = mine.take(parameter.data.flatten(), 0, mine.numel).view(shape)
+        self.slices[name] = mine
+        self.parameters.append(parameter)
+
+
+def _replace(linear: Linear, forward: Any, ranks: SharingRanks) -> None:
+    linear.forward = partial(forward, linear, ranks)  # type: ignore[method-assign]
+
+
+def _first_product(linear: Linear, ranks: SharingRanks, x_PH: Tensor) -> Tensor:
+    """This rank's outputs for all positions."""
+    return linear.product(Gather.apply(x_PH, ranks))
+
+
+def _second_product(linear: Linear, ranks: SharingRanks, x_T: Tensor) -> Tensor:
+    """(P, H): all ranks' inputs, for this rank's positions."""
+    y_PH = Scatter.apply(product(x_T, linear.weight, None), ranks)
+    return y_PH if linear.bias is None else y_PH + linear.bias
+
+
+def _embed(embedding: nn.Embedding, ranks: SharingRanks, tokens_T: Tensor) -> Tensor:
+    """(P, H): each rank embeds its part of the vocabulary, at all positions."""
+    ranks.num_positions = len(tokens_T)
+    row_T = tokens_T - ranks.rank * len(embedding.weight)
+    is_here_T = (row_T >= 0) & (row_T < len(embedding.weight))
+    x_TH = F.embedding(row_T.where(is_here_T, 0), embedding.weight)
+    return Scatter.apply(x_TH.masked_fill(~is_here_T[:, None], 0.0), ranks)
+
+
+def _enter(
+    forward: Any, ranks: SharingRanks, x_PH: Tensor, positions_T: Tensor, seeds_T: Tensor | None = None
+) -> Tensor:
+    return forward(x_PH, ranks.own(positions_T), None if seeds_T is None else ranks.own(seeds_T))
+
+
+def _with_own_seeds(
+    forward: Any, ranks: SharingRanks, x_PH: Tensor, inputs: Any, seeds_T: Tensor, *rest: Any
+) -> Tensor:
+    return forward(x_PH, inputs, ranks.own(seeds_T), *rest)
+
+
+def _of_own_heads(forward: Any, ranks: SharingRanks) -> Tensor:
+    return forward().chunk(ranks.size)[ranks.rank]

@@ -1,0 +1,131 @@
+"""Tensor-parallel ranks: the loss, gradient and update of one rank, and checkpoints that move."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigmodel.config.settings import Settings, UserError
+from bigmodel.metrics.phases import Phases
+from bigmodel.model.recurrent.model import build_model
+from bigmodel.training.zero.tensor_parallel import TensorParallel
+from tests.support import exactness
+from tests.support.engine_worker import launch, oracle, plain_evaluation, settings_table
+
+pytestmark = pytest.mark.timeout(600)  # all jobs run in the first test's set-up
+Jobs = dict[str, dict[str, Any]]
+STEPS = 3
+MODEL = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 4, "intermediate_size": 40}
+MODEL |= {"vocabulary_multiple": 4, "attention_dropout": 0.1, "embedding_dropout": 0.05, "stochastic_depth": 0.1}
+SHARED_KEYS = MODEL | {"num_kv_heads": 2, "qk_norm": True, "norm_placement": "sandwich"}
+BIASED = MODEL | {"attention_bias": "all", "feed_forward_bias": True, "norm": "layer", "num_mtp_modules": 1}
+T5 = MODEL | {"gated": False, "position_embedding": "relative_bias", "logit_softcap": 5.0}
+FULL, SELECTIVE = ({"activation_checkpointing": kind} for kind in ("full", "selective"))
+SMOOTHED = {"z_loss": 0.01, "label_smoothing": 0.1}
+# By number of ranks: degree, ZeRO stage, packed sequences at once, and what differs.
+Case = tuple[int, int, int, dict[str, Any]]
+EXACT: dict[int, dict[str, Case]] = {
+    2: {
+        "keys shared by heads": (2, 0, 1, {"model": SHARED_KEYS, "tied": True, "clipping": 0.1}),
+        "biases": (2, 1, 2, {"model": BIASED, "training": SMOOTHED | SELECTIVE, "clipping": 0.1}),
+        "relative bias": (2, 2, 3, {"model": T5, "training": FULL, "clipping": 0.1}),
+        "muon": (2, 2, 1, {"model": SHARED_KEYS, "optimizer": {"kind": "muon"}, "tied": True}),
+        "muon, ZeRO 0": (2, 0, 3, {"model": BIASED, "optimizer": {"kind": "muon"}}),
+    },
+    4: {
+        "of 2": (2, 1, 1, {"training": {"freeze": ["blocks.0.attention", "embedding"]}}),
+        "of 4": (4, 2, 3, {"model": MODEL | {"num_mtp_modules": 1}, "training": {"ema_decay": 0.9}}),
+        "of 4, ZeRO 0": (4, 0, 1, {"tied": True}),
+    },
+}
+LOW: list[dict[str, Any]] = [
+    {"stage": 1, "precision": "bf16", "tied": True},
+    {"stage": 2, "precision": "fp16", "offload": "optimizer to cpu", "tied": False},
+]
+
+
+def job_of(folder: Path, degree: int, stage: int, packs: int, more: dict[str, Any]) -> dict[str, Any]:
+    """The job of `tests.support.engine_worker`, with what one process of plain torch finds."""
+    more = {key: value.copy() if isinstance(value, dict) else value for key, value in more.items()}
+    table = settings_table(folder, stage, "fp32", packs, **{"model": MODEL} | more)
+    settings = Settings.model_validate(table)
+    path = folder / f"plain-{len(list(folder.glob('plain-*')))}.safetensors"
+    job = {"seen": oracle(settings, STEPS, path), "oracle": str(path), "plain": plain_evaluation(settings)}
+    table["training"]["tensor_parallel_ranks"] = degree
+    return job | {"settings": table, "steps": STEPS, "allowed": {}, "evaluate_at": [0]}
+
+
+def low_precision(folder: Path, **changes: Any) -> dict[str, Any]:
+    case = {"optimizer": "adamw", "activation_checkpointing": "none", "offload": "none", "packs_at_once": 3}
+    case |= {"ema": 0.0, "persistence": 0, "groups": True, "tensors": 2}
+    return exactness.job_of(case | changes, folder, STEPS)
+
+
+def moving(folder: Path, degree: int, stage: int, **job: Any) -> dict[str, Any]:
+    training = {"tensor_parallel_ranks": degree, "ema_decay": 0.9}
+    table = settings_table(folder, stage, "fp32", 1, model=MODEL, training=training)
+    return {"settings": table, "checkpoints": str(folder / "moving"), "steps": 4, **job}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Four ranks save, two and one go on, at other degrees and stages."""
+    folder = tmp_path_factory.mktemp("tensors")
+    found: Jobs = {}
+    more = {
+        4: {
+            "whole": moving(folder, 2, 1, save_at=2),
+            "again": moving(folder, 2, 1, resume=True),
+            "wider": moving(folder, 4, 0, steps=2, resume=True),
+        },
+        2: {"to 2": moving(folder, 1, 2, resume=True, save_at=3)}
+        | {f"2 ranks: {one['precision']}": low_precision(folder, **one) for one in LOW},
+        1: {"to 1": moving(folder, 1, 1, resume=True)},
+    }
+    for ranks, others in more.items():
+        jobs = {f"{ranks} ranks: {name}": job_of(folder, *case) for name, case in EXACT.get(ranks, {}).items()}
+        jobs |= others
+        outcome = launch(list(jobs.values()), ranks, folder)
+        found |= {name: jobs[name] | one for name, one in zip(jobs, outcome, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("ranks", EXACT)
+def test_loss_gradient_norm_and_update_are_those_of_plain_torch_on_one_rank(results: Jobs, ranks: int) -> None:
+    jobs = {name: job for name, job in results.items() if name.startswith(f"{ranks} ranks")}
+    assert len(jobs) == len(EXACT[ranks]) + (len(LOW) if ranks == 2 else 0)
+    assert {name: found for name, job in jobs.items() if (found := exactness.failures(job))} == {}
+
+
+def test_frozen_parts_keep_their_bits(results: Jobs) -> None:
+    assert results["4 ranks: of 2"]["frozen_changed"] == []
+
+
+def test_each_rank_evaluates_its_own_batches_whole(results: Jobs) -> None:
+    ours = results["4 ranks: of 4, ZeRO 0"]
+    assert ours["shapes"] == [[], [24], [24, 68]]
+    assert ours["evaluated"][0] == pytest.approx(ours["evaluated"][1], rel=1e-6)
+    assert ours["training"]
+
+
+def test_tensor_parallel_ranks_resume_bitwise(results: Jobs) -> None:
+    whole, again = results["whole"], results["again"]
+    assert again["first"] == 2
+    assert again["loaded"] == whole["saved"]
+    assert again["losses"] == whole["losses"][2:]
+    assert again["digest"] == whole["digest"] != whole["saved"]
+
+
+def test_a_checkpoint_goes_on_at_any_number_of_ranks_degree_and_stage(results: Jobs) -> None:
+    saved = results["whole"]["saved"]
+    assert results["wider"]["loaded"] == results["to 2"]["loaded"] == saved
+    assert results["to 1"]["first"] == 3
+    assert results["to 1"]["loaded"] == results["to 2"]["saved"]
+    assert results["to 1"]["losses"][-1] == pytest.approx(results["whole"]["losses"][-1], rel=1e-5)
+
+
+def test_a_vocabulary_that_ranks_cannot_divide_is_refused() -> None:
+    settings = Settings.model_validate({"model": {key: MODEL[key] for key in ("hidden_size", "num_heads")}})
+    with pytest.raises(UserError, match=r"= 2 does not divide the 67 rows .* set model.vocabulary_multiple = 2"):
+        TensorParallel(build_model(settings.model, 67), 2, 0, Phases(torch.device("cpu")))
