@@ -97,6 +97,18 @@ def test_ranks_that_share_experts_hold_a_part_of_them() -> None:
     assert four["framework"] > one["framework"]
 
 
+def test_tensor_parallel_ranks_hold_a_part_of_the_matrices() -> None:
+    table = table_of(model_of("llama"), "bf16", "none")
+    shared = context(table | {"training": table["training"] | {"tensor_parallel_ranks": 2}})
+    alone = context(table)
+    matrices = sum(one.numel for one in parameters_of(alone.settings, alone.vocabulary) if one.is_of_tensors)
+    one, two = memory_of(alone).device, memory_of(shared).device
+    assert one["weights"] - two["weights"] == 2 * matrices // 2
+    assert (two["masters"], two["moments"]) == (one["masters"], one["moments"])
+    assert one["activations"] / 2 < two["activations"] < one["activations"]
+    assert "ZeRO 3" not in stages_of(shared)
+
+
 def test_one_gpu_needs_no_communicator_and_every_part_has_a_colour_and_a_note() -> None:
     table = table_of(model_of("llama"), "bf16", "none")
     one, eight = (memory_of(context(table, ranks)).device["framework"] for ranks in (1, 8))

@@ -188,6 +188,23 @@ def test_ulysses_exchanges_heads() -> None:
     assert "all_to_all sequence parallel" in step_time(given).phases
 
 
+def test_tensor_parallel_ranks_gather_states_and_add_them_up() -> None:
+    """4 of 8 ranks: twice a gather and a sum in each of 2 blocks and passes, once each way in embedding and head."""
+    given = context(training={"tensor_parallel_ranks": 4})
+    demand, states = step_demand(given), 2 * 64 * 16 * 256
+    assert demand.tensor_bytes == states * 3 * (4 * 2 * 2 + 4) / 8
+    assert demand.micro_batches == 4 * step_demand(context()).micro_batches
+    again = step_demand(with_settings(given, activation_checkpointing="full"))
+    assert again.tensor_bytes == states * 3 * (4 * 3 * 2 + 4) / 8
+    matrices = 2 * BLOCK + 64 * VOCABULARY
+    exchanged = {f"{one.name} {one.purpose}": one for one in demand.collectives}
+    held = exchanged["all_reduce gradients of matrices"]
+    assert (held.payload, held.among) == (4 * matrices // 4, 2)
+    found = step_time(given)
+    assert found.phases["all_to_all tensor parallel"] > 0
+    assert found.sent_bytes["all_to_all tensor parallel"] == demand.tensor_bytes
+
+
 def test_shared_experts_exchange_rows_and_are_summed_where_they_are_held() -> None:
     """4 of 8 ranks share 8 experts: a rank sends 3/4 of its rows, there and back, in both passes; experts are summed
     in a ring of 2."""

@@ -17,7 +17,7 @@ if it fails the next one; they have the 15 s that the launcher leaves to ranks w
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -34,7 +34,7 @@ from bigmodel.training.slices import Place
 class WholeStates(States, Protocol):
     @property
     def holds_all(self) -> bool: ...
-    def held(self, name: str) -> dict[str, tuple[int | Place, Tensor]]: ...
+    def held(self, name: str) -> Mapping[str, tuple[int | Place, Tensor]]: ...
 
 
 class Rescue:
@@ -106,5 +106,5 @@ class _Whole:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def owned(self, name: str) -> dict[str, tuple[int | Place, Tensor]]:
+    def owned(self, name: str) -> Mapping[str, tuple[int | Place, Tensor]]:
         return self._engine.held(name)

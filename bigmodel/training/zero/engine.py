@@ -610,7 +610,8 @@ def _made_whole(parameter: Any) -> Iterator[None]:
 def _share(model: Any, settings: Settings, world: World, phases: Phases) -> ExpertParallel | TensorParallel | None:
     """Keep this rank's experts, or parts of matrices, where ranks share them, and mark them as what DeepSpeed calls
     experts. Raises `UserError` where all are frozen: DeepSpeed would see no expert to train."""
-    training, shared = settings.training, None
+    training = settings.training
+    shared: ExpertParallel | TensorParallel | None = None
     if training.expert_parallel_ranks > 1:
         shared = ExpertParallel(model, training.expert_parallel_ranks, world.rank, phases)
         name, what = "expert_parallel_ranks", "expert"

@@ -76,8 +76,8 @@ class TensorParallel:
         """group: the ranks that share, in their order."""
         model = self._model
         ranks = self._ranks = SharingRanks(group, self.size, self.rank, self._phases)
-        model.embedding.forward = partial(_embed, model.embedding, ranks)  # type: ignore[method-assign]
-        model.input.forward = partial(_enter, model.input.forward, ranks)
+        model.embedding.forward = partial(_embed, model.embedding, ranks)
+        model.input.forward = partial(_enter, model.input.forward, ranks)  # type: ignore[method-assign]
         model.head.forward = partial(shared_head, model.head, ranks)
         for block in (*model.blocks, *model.extra_blocks):
             block.forward = partial(_with_own_seeds, block.forward, ranks)

@@ -114,15 +114,17 @@ def test_a_layer_is_that_of_one_rank_also_where_an_expert_or_a_rank_gets_no_row(
     run_ranks(2, share_uneven_loads, tmp_path)
 
 
-def clip_over_all_experts(tables: list[dict[str, Any]]) -> None:
-    """A rank sees the gradients of its experts only. A huge epsilon makes Adam's update the gradient."""
+def clip_over_all_parts(tables: list[dict[str, Any]]) -> None:
+    """A rank sees the gradients of its experts, or parts of matrices, only. A huge epsilon makes Adam's update the
+    gradient."""
     world = start_world(timeout_seconds=60)
-    for case, table in zip(CLIPPED, tables, strict=True):
+    for case, table in zip(CLIPPED * 2, tables, strict=True):
         forget_groups()
         effective, settings = resolve_deepspeed(Settings.model_validate(table), world.size)
         engine = Engine(new_model(settings, effective), settings, effective, world)
         before = {name: engine.whole(name, "weight") for name in engine.trained()}
-        batches = micro_batches_of(0, world.rank, world.size, 1)
+        sharing = settings.training.ranks_per_sequence
+        batches = micro_batches_of(0, world.rank // sharing, world.size // sharing, 1)
         for batch in batches:
             engine.micro_batch(batch, num_targets_of(0), batch is batches[-1])
         assert engine.gradient_norm() > 0.1
@@ -132,13 +134,17 @@ def clip_over_all_experts(tables: list[dict[str, Any]]) -> None:
     end_world()
 
 
-def test_gradients_are_clipped_by_the_norm_over_all_experts(tmp_path: Path) -> None:
+def test_gradients_are_clipped_by_the_norm_over_all_experts_and_parts_of_matrices(tmp_path: Path) -> None:
     """A norm of one rank's experts would be 2e-4 lower here."""
-    training = {"expert_parallel_ranks": 2}
     optimizer = {"epsilon": 1e4, "weight_decay": 0.0}
-    more = {"experts": BALANCED["balanced by loss"], "training": training, "optimizer": optimizer, "clipping": 0.01}
-    tables = [settings_table(tmp_path, stage, kind, 1, zero=dict(zero), **more) for stage, kind, zero in CLIPPED]
-    run_ranks(2, clip_over_all_experts, tables, timeout_seconds=240)
+    experts = {"experts": BALANCED["balanced by loss"], "training": {"expert_parallel_ranks": 2}}
+    tensors = {"vocabulary_multiple": 2, "training": {"tensor_parallel_ranks": 2}}
+    tables = [
+        settings_table(tmp_path, stage, kind, 1, zero=dict(zero), optimizer=optimizer, clipping=0.01, **shared)
+        for shared in (experts, tensors)
+        for stage, kind, zero in CLIPPED
+    ]
+    run_ranks(2, clip_over_all_parts, tables, timeout_seconds=240)
 
 
 def test_experts_that_are_all_frozen_are_not_shared(tmp_path: Path) -> None:

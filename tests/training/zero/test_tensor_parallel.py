@@ -9,6 +9,7 @@ import torch
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.recurrent.model import build_model
+from bigmodel.planning.parameters import held_of, parameters_of
 from bigmodel.training.zero.tensor_parallel import TensorParallel
 from tests.support import exactness
 from tests.support.engine_worker import launch, oracle, plain_evaluation, settings_table
@@ -123,6 +124,18 @@ def test_a_checkpoint_goes_on_at_any_number_of_ranks_degree_and_stage(results: J
     assert results["to 1"]["first"] == 3
     assert results["to 1"]["loaded"] == results["to 2"]["saved"]
     assert results["to 1"]["losses"][-1] == pytest.approx(results["whole"]["losses"][-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("model", [SHARED_KEYS, BIASED, T5], ids=["shared keys", "biased", "t5"])
+def test_the_plan_knows_the_parts_of_a_rank(model: dict[str, Any]) -> None:
+    settings = Settings.model_validate({"model": model, "training": {"tensor_parallel_ranks": 2}})
+    cut = build_model(settings.model, 68)
+    tensors = TensorParallel(cut, 2, 1, Phases(torch.device("cpu")))
+    planned = {one.name: one.shape for one in held_of(parameters_of(settings, 68), settings)}
+    assert planned == {name: tuple(one.shape) for name, one in cut.named_parameters()}
+    assert all(
+        tensors.slices[name].numel == one.numel() for name, one in cut.named_parameters() if name in tensors.slices
+    )
 
 
 def test_a_vocabulary_that_ranks_cannot_divide_is_refused() -> None:
