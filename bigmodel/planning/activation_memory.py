@@ -1,15 +1,15 @@
 """Bytes of the tensors of one micro-batch on a GPU, from settings alone. Imports no torch.
 
-In: settings, rows of the embedding, packed sequences of a micro-batch. Out: the peak over three moments, of which the
+In: settings, rows of the embedding, packed sequences of a micro-batch. Out: the peak over four moments, of which the
 largest counts:
 
     loss        all blocks hold what their backward reads; the head has its gradients
     last norm   its backward
     last block  the backward of its feed-forward; with activation checkpointing what is computed again is there too
+    last dense  the same of the last block before those with experts, which are done then
 
 What a block holds is read off its code (`bigmodel.model`), tensor by tensor. Guarantee: within 5% of the tensors that
-the code makes, with experts within 10%, counted on torch's meta device (`bigmodel.inspect.memory.activation_bytes`), by
-a test.
+the code makes, counted on torch's meta device (`bigmodel.inspect.memory.activation_bytes`), by a test.
 
 `low` are the bytes of the run's precision, WIDE those of fp32.
 """
@@ -40,11 +40,13 @@ class Held(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Bytes: of all blocks until their backward, of a block's recomputation, and of gradients inside a block."""
+    """Bytes: of all blocks until their backward, of the last block's recomputation, of gradients inside it, and, with
+    other blocks before the last ones, of recomputation and gradients there less what the last ones have let go."""
 
     held: int
     again: int
     inside: int
+    earlier: int = 0
 
 
 class Taught(NamedTuple):
@@ -64,24 +66,21 @@ def activation_parts(settings: Settings, vocabulary: int, packs: int, teacher: T
     peak, the gradients that it computes; "activations" are the rest."""
     model, kind = settings.model, settings.training.activation_checkpointing
     side = _Side.of_target(settings, packs)
-    if model.is_recurrent:
-        blocks = side.recurrent_blocks()
-    else:
-        sparse, layers = model.num_expert_layers, model.num_layers + model.num_mtp_modules
-        blocks = [side.block()] * (layers - sparse) + ([side.block(has_experts=True)] * sparse if sparse else [])
-    stacks = [side.stack(blocks, kind)]
+    stacks = [side.decoder(kind)]
     source = _Side.of_source(settings, packs)
     if source and not model.is_recurrent:
         stacks.append(source.stack([source.block()] * source.model.num_layers, kind))
     of_sources = source.states_and_gradient() if source else 0
     others = model.num_mtp_modules * (side.last_norm() + 2 * side.states() + side.matrix_gradient(vocabulary))
-    again = stacks[0].again - (side.states() if kind != "none" and side.is_input_held_twice else 0)
+    twice = side.states() if kind != "none" and side.is_input_held_twice else 0
+    again = stacks[0].again - twice
     head = side.head(vocabulary) + (side.tokens * teacher.model.hidden_size * teacher.low if teacher else 0)
     moments = [
         others + side.last_norm() + side.states() + head,
         others + side.states() + side.norm_backward(),
         others + again + stacks[0].inside,
         again + HASH_BYTES * side.tokens * model.hidden_size * (model.dropout > 0),
+        stacks[0].earlier - twice,
     ]
     if source and len(stacks) > 1:  # the last block of the encoder, when the decoder's are done
         moments.append(stacks[1].again + stacks[1].inside + source.states() - of_sources - stacks[0].held)
@@ -140,25 +139,54 @@ class _Side:
         """Whether a block's input is also what its first product or, in fp32, its first norm keeps."""
         return self.adapters is None and (self.model.norm_placement in ("output", "post") or self.low == WIDE)
 
-    def stack(self, blocks: list[Held], kind: str) -> Stack:
-        all_, kept = blocks[-1]
+    def decoder(self, kind: str) -> Stack:
+        """Of its blocks; those with experts are the last ones."""
+        model = self.model
+        if model.is_recurrent:
+            return self.stack(self.recurrent_blocks(), kind)
+        sparse = model.num_expert_layers
+        dense = [self.block()] * (model.num_layers + model.num_mtp_modules - sparse)
+        if not sparse:
+            return self.stack(dense, kind)
+        last = self.stack([self.block(has_experts=True)] * sparse, kind, self.inside_experts())
+        if not dense:
+            return last
+        first = self.stack(dense, kind)
+        earlier = first.again + first.inside - last.held
+        return Stack(first.held + last.held, last.again, last.inside, earlier)
+
+    def stack(self, blocks: list[Held], kind: str, inside: int = 0) -> Stack:
+        """`inside`: of the gradients in the last block; 0: see there."""
+        (all_, kept), inside = blocks[-1], inside or self.inside()
         if kind == "none":
-            return Stack(sum(block.all for block in blocks), 0, self.inside())
+            return Stack(sum(block.all for block in blocks), 0, inside)
         if kind == "full":
-            return Stack(self.states() * len(blocks), all_, self.inside())
-        return Stack(sum(block.kept + self.states() for block in blocks), all_ - kept, self.inside())
+            return Stack(self.states() * len(blocks), all_, inside)
+        return Stack(sum(block.kept + self.states() for block in blocks), all_ - kept, inside)
 
     def inside(self) -> int:
         """Gradients in the feed-forward or of a norm after it; of a recurrent layer those of its gates and states."""
         inner = 2 * self.model.intermediate_size
-        if self.model.experts:  # the gradients of the chosen experts' rows, and of their inner states
-            inner = self.model.experts.per_token * (2 * self.model.expert_width + self.model.hidden_size)
         if self.model.is_recurrent:
             inner = {"rnn": 6, "gru": 15, "lstm": 14}[self.model.cell] * self.model.hidden_size
-        in_products = self.low * self.tokens * inner + self.states()
-        if self.model.experts:  # outputs of experts times their weights: in fp32, and what of them is in flight
-            rows = self.tokens * self.model.experts.per_token * self.model.hidden_size
-            in_products = max(in_products, (2 * WIDE + self.low) * rows + self.states())
+        return self._or_norm(self.low * self.tokens * inner + self.states())
+
+    def inside_experts(self) -> int:
+        """Gradients of a layer with experts at the largest of three moments: of its rows; of their inner states and of
+        the output matrices; of both factors of the inner states. By the last two the rows' outputs are gone, at all
+        three the shared experts, but for the gradient of their input."""
+        experts, model = self.model.experts, self.model
+        assert experts is not None
+        pairs, width, inner = self.tokens * experts.per_token, model.hidden_size, model.expert_width
+        matrices = experts.count * inner * width
+        routed = self.low * max(pairs * width, pairs * inner + matrices, 2 * pairs * inner - pairs * width)
+        if experts.shared:
+            shared = experts.shared * inner
+            routed += self.states() - self.feed_forward(shared).all
+            routed = max(routed, self.low * self.tokens * 2 * shared)
+        return self._or_norm(routed + self.states())
+
+    def _or_norm(self, in_products: int) -> int:
         ends_with_norm = self.model.norm_placement != "pre"
         return max(in_products, (self.norm_backward() - self.norm()) * ends_with_norm)
 
@@ -238,7 +266,7 @@ class _Side:
         experts, model, width = self.model.experts, self.model, self.model.hidden_size
         assert experts is not None
         pairs, inner = self.tokens * experts.per_token, model.expert_width
-        products = self.low * pairs * (2 * inner + width)
+        products = self.low * (pairs * (2 * inner + 2 * width) + self.tokens * width)  # rows in and out, their sums
         logits = WIDE * self.tokens * experts.count
         held = Held(self.low * pairs * (2 * width + 4 * inner), products + logits)
         held += Held(WIDE * self.tokens * width + 3 * logits + pairs * (3 * 8 + 3 * WIDE), 0)

@@ -23,17 +23,32 @@ CASES = [
     if stage or (precision, offload) == ("fp32", "")
 ]
 CASES += [(0, "fp32", "adapters"), *((stage, "bf16", "adapters") for stage in (1, 2, 3))]
+EXPERTS = {"count": 8, "per_token": 2, "width": 96, "shared": 1, "first_dense_layers": 1}
+OTHERS: dict[str, dict[str, Any]] = {  # sections of the run file
+    "muon": {"optimizer": {"kind": "muon"}},
+    "ademamix": {"optimizer": {"kind": "ademamix"}},
+    "adafactor": {"optimizer": {"kind": "adafactor"}},
+    "two modules of MTP": {"model": MODEL | {"num_mtp_modules": 2}},
+    "shared sequences": {"training": {"sequence_parallel_ranks": 2}},
+    "experts": {"model": MODEL | {"experts": EXPERTS}},
+    "shared experts": {"model": MODEL | {"experts": EXPERTS}, "training": {"expert_parallel_ranks": 2}},
+}
+CASES += [(stage, "bf16", name) for name in OTHERS for stage in (1, 3) if (stage, name) != (3, "shared experts")]
+CASES += [(stage, precision, "shared experts") for stage, precision in ((0, "fp32"), (2, "bf16"))]
 
 
-def table_of(folder: Path, stage: int, precision: str, offload: str) -> dict[str, Any]:
+def table_of(folder: Path, stage: int, precision: str, kind: str) -> dict[str, Any]:
     zero: dict[str, Any] = {"reduce_bucket_size": BUCKET, "stage3_max_live_parameters": BUCKET}
     zero |= {"stage3_prefetch_bucket_size": BUCKET, "sub_group_size": 10**6}
-    if offload == "cpu":
-        zero["offload_optimizer"] = {"device": offload}
-    table = settings_table(folder, stage, precision, 1, zero=zero, training={"ema_decay": 0.9})
+    if kind == "cpu":
+        zero["offload_optimizer"] = {"device": kind}
+    other = OTHERS.get(kind, {})
+    training = {"ema_decay": 0.9} | other.get("training", {})
+    optimizer = other.get("optimizer", {})
+    table = settings_table(folder, stage, precision, 1, zero=zero, training=training, optimizer=optimizer)
     data = table["data"] | {"directory": str(folder / "data")}  # none is prepared
-    lora = {"rank": 16, "targets": ["q_proj", "v_proj"]} if offload == "adapters" else {}
-    return table | {"model": MODEL, "data": data, "lora": lora}
+    lora = {"rank": 16, "targets": ["q_proj", "v_proj"]} if kind == "adapters" else {}
+    return table | {"model": other.get("model", MODEL), "data": data, "lora": lora}
 
 
 def storages() -> dict[int, torch.UntypedStorage]:
@@ -59,7 +74,8 @@ def measure(tables: list[dict[str, Any]], folder: Path) -> None:
         held: list[list[int]] = []
         for step in range(3):
             held.append([])
-            batches = micro_batches_of(step, world.rank, world.size, 1)
+            shards = settings.training.sequence_parallel_ranks
+            batches = micro_batches_of(step, world.rank // shards, world.size // shards, 1)
             for batch in batches:
                 engine.micro_batch(batch, num_targets_of(step), batch is batches[-1])
                 held[-1].append(sum(one.nbytes() for place, one in storages().items() if place not in before))
@@ -75,7 +91,7 @@ def measure(tables: list[dict[str, Any]], folder: Path) -> None:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[int, int]]:
     folder = tmp_path_factory.mktemp("memory")
     tables = [table_of(folder, *case) for case in CASES]
-    run_ranks(2, measure, tables, folder, timeout_seconds=300)
+    run_ranks(2, measure, tables, folder, timeout_seconds=600)
     result = {}
     for case, table, found in zip(CASES, tables, json.loads((folder / "measured.json").read_text()), strict=True):
         effective, settings = resolve_deepspeed(Settings.model_validate(table), 2)
