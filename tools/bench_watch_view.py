@@ -138,9 +138,10 @@ def watched(directory: Path, steps: int, began: float, seconds: float, checkout:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     command = [sys.executable, "-m", "bigmodel", "watch", str(directory)]
-    terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
     environment = {**os.environ, "TERM": "xterm-256color"}
-    with subprocess.Popen(command, cwd=checkout, env=environment, **terminal) as process:
+    with subprocess.Popen(
+        command, cwd=checkout, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    ) as process:
         os.set_blocking(ours, False)
         until, first, added, last = time.monotonic() + FIRST_FRAME_SECONDS, 0.0, 0, 0.0
         while time.monotonic() < until:

@@ -88,16 +88,17 @@ def activation_parts(settings: Settings, vocabulary: int, packs: int, teacher: T
         moments.append(others + side.last_norm() + side.of_teacher(teacher))
     held = sum(stack.held for stack in stacks) + of_sources
     held += side.positions() + (source.positions() if source else 0)
-    held += _gathered(settings, side, len(blocks))
+    held += _gathered(settings, side)
     loss = side.chunk(vocabulary, teacher is not None) + (head if moments[0] == max(moments) else 0)
     peak = held + max(moments) + side.chunk(vocabulary, teacher is not None)
     return {"activations": peak - loss, "loss buffers": loss}
 
 
-def _gathered(settings: Settings, side: "_Side", blocks: int) -> int:
+def _gathered(settings: Settings, side: "_Side") -> int:
     """Of tensor-parallel ranks: the positions of the others, in the inputs of a block's two first products, and in the
     head with their gradient. Recomputed blocks have one at a time."""
     others = settings.training.tensor_parallel_ranks - 1
+    blocks = settings.model.num_layers + settings.model.num_mtp_modules
     held = blocks if settings.training.activation_checkpointing == "none" else 1
     return others * side.states() * (2 * held + 2)
 
