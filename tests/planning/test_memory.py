@@ -145,7 +145,7 @@ def test_the_table_and_the_picture_compare_the_stages(tmp_path: Path, capsys: py
     settings = offloading(tmp_path)
     show_memory(settings, 8, 4, tmp_path / "memory.png", 0)
     printed = capsys.readouterr().out
-    assert f"vocabulary {settings.prepare.vocabulary:,}, " in printed
+    assert f"vocabulary {settings.prepare.vocabulary:,}\n" in printed
     for words in ("(yours)", "off the device", "activations", "fits: ", "framework", "8 ranks"):
         assert words in printed, words
     picture = (255 * imread(tmp_path / "memory.png")[..., :3]).astype(int)

@@ -88,11 +88,11 @@ class TensorParallel:
                 module.num_heads //= self.size
                 module.num_kv_heads //= self.size
                 module.first_head += self.rank * module.num_heads
-                _replace(module.query_key_value, _first_product, ranks)
-                _replace(module.output, _second_product, ranks)
+                _put_before(module.query_key_value, _first_product, ranks)
+                _put_before(module.output, _second_product, ranks)
             elif isinstance(module, FeedForward):
-                _replace(module.gate_up if module.is_gated else module.up, _first_product, ranks)
-                _replace(module.down, _second_product, ranks)
+                _put_before(module.gate_up if module.is_gated else module.up, _first_product, ranks)
+                _put_before(module.down, _second_product, ranks)
 
     def in_turn(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         """`forward` of the batch of this rank. Each of the sharing ranks has another one, of any length."""
@@ -127,7 +127,7 @@ class TensorParallel:
         self.parameters.append(parameter)
 
 
-def _replace(linear: Linear, forward: Any, ranks: SharingRanks) -> None:
+def _put_before(linear: Linear, forward: Any, ranks: SharingRanks) -> None:
     linear.forward = partial(forward, linear, ranks)  # type: ignore[method-assign]
 
 
