@@ -2,7 +2,7 @@
 
 In: a path, which need not exist yet. Out: the complete lines since the last call. Guarantees: each byte is read once; a
 line half-written is left for the next call; a file that was replaced or cut short is read again from its beginning.
-Memory: `CHUNK_BYTES`, or the longest line.
+Memory: `chunk_bytes`, or the longest line.
 """
 
 import os
@@ -15,8 +15,8 @@ CHUNK_BYTES = 1 << 18  # lines stay in a core's cache while they are read
 class GrowingFile:
     """`lines` gives what is new. `was_replaced`: whether the last call began anew; the caller forgets what it has."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._path, self._chunk_bytes = path, chunk_bytes
         self._offset = 0
         self._identity = (0, 0)  # device and inode
         self.was_replaced = False
@@ -46,7 +46,7 @@ class GrowingFile:
             with open(self._path, "rb") as file:
                 file.seek(self._offset)
                 rest = b""
-                while chunk := file.read(CHUNK_BYTES):
+                while chunk := file.read(self._chunk_bytes):
                     text = rest + chunk
                     end = text.rfind(b"\n") + 1
                     rest = text[end:]

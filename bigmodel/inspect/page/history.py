@@ -42,6 +42,8 @@ NUMBERS = (
 SECONDS_BY_CAUSE = itemgetter("productive", *CAUSES)
 NEEDED = ("step", "time", "lap", "data_wait_seconds", "compile_seconds")
 FEWEST_LINES = 8  # that are read together
+PART_LINES = 128  # read together where not all of a block can be
+CHUNK_BYTES = 1 << 22  # arrays are made for each block, half of its cost at 256 kB
 GROUPS = {"phases": "phase", "memory": "memory", "flops": "flops"}  # tables of numbers in a line -> prefix of a column
 LISTS = ("lag_ms", "lag_ranks")  # lists of numbers in a line, a column for each place
 
@@ -54,7 +56,7 @@ class RunHistory:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.name = self.directory.resolve().name
-        self._file = GrowingFile(self.directory / "metrics.jsonl")
+        self._file = GrowingFile(self.directory / "metrics.jsonl", CHUNK_BYTES)
         self._begin_again()
 
     def _begin_again(self) -> None:
@@ -77,8 +79,10 @@ class RunHistory:
             self._begin_again()
         for block in self._file.blocks() if more else ():
             for are_steps, lines in runs_of_lines(block):
-                if not (are_steps and self._add_steps(lines)):
+                if not are_steps:
                     self._add_one_by_one(lines)
+                elif not self._add_steps(lines):
+                    self._add_in_parts(lines)
         return more or self._file.was_replaced
 
     def column(self, name: str) -> Floats:
@@ -110,6 +114,13 @@ class RunHistory:
 
     def starts(self) -> list[dict[str, Any]]:
         return self.others.get("start", [])
+
+    def _add_in_parts(self, lines: Sequence[bytes]) -> None:
+        """Add lines of steps that cannot be added all together: one of them is no plain step."""
+        for first in range(0, len(lines), PART_LINES):
+            part = lines[first : first + PART_LINES]
+            if len(part) == len(lines) or not self._add_steps(part):
+                self._add_one_by_one(part)
 
     def _add_one_by_one(self, lines: Iterable[bytes]) -> None:
         for text in lines:
