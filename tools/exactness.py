@@ -46,6 +46,7 @@ TITLES = {
     "persistence": "small weights kept whole",
     "hpz": "hpZ partition size",
     "sharing": "Ulysses: ranks that share a pack",
+    "tensors": "tensor parallel: ranks that share matrices",
 }
 NOT_RUN = {
     "NCCL, any GPU": "no GPU was at hand; the same code, gloo on CPUs was run",
@@ -67,8 +68,8 @@ REFUSED = {
 
 
 def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
-    """The cases of one world size; four ranks serve hpZ and shared packed sequences."""
-    from tests.support.exactness import everything, pairwise
+    """The cases of one world size; four ranks serve hpZ, shared packed sequences and shared matrices."""
+    from tests.support.exactness import can_share_matrices, everything, pairwise
 
     if quick:
         cases = pairwise()
@@ -80,6 +81,8 @@ def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
     plain = [case for case in cases if case["offload"] == "none"]
     few = plain[:4] if quick else plain
     shared = [case | {"sharing": ranks} for ranks in (2, 4) if ranks <= world_size for case in few]
+    divided = [case | {"tensors": 2} for case in cases if world_size > 1 and can_share_matrices(case)]
+    shared += divided[:4] if quick else divided
     if world_size == 4:
         return [*shared, *(case | {"hpz": 2} for case in plain if case["stage"] == 3)]
     return [*cases, *shared]

@@ -56,7 +56,7 @@ def not_choosable(settings: Settings) -> str:
 def shapes_of(settings: Settings, num_packs: int) -> Counter[Shape]:
     """Number of layers by shape of their self-attention, in the only stack of a model."""
     model, training = settings.model, settings.training
-    window, sharing = model.sliding_window, training.sequence_parallel_ranks
+    window, sharing = model.sliding_window, training.ranks_per_sequence
     sides: dict[str, tuple[int | None, int | None]] = {"full": (None, 0), "sliding": (window - 1, 0)}
     if model.kind == "encoder":
         sides = {"full": (None, None), "sliding": (window // 2, window // 2)}

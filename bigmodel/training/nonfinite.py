@@ -86,7 +86,9 @@ def attribute(step: Step, saw: bool, engine: Engine, world: World, sharing: int)
     sequence, or experts; their micro-batches go to the next such ranks.
     """
     own = _examine(engine, step.micro_batches, step.weight)
-    suspects = [rank for rank, one in enumerate(world.gather_objects(saw or bool(own))) if one][:MOST_SUSPECTS]
+    bad = [rank // sharing for rank, one in enumerate(world.gather_objects(saw or bool(own))) if one]
+    groups = sorted(set(bad))[: max(1, MOST_SUSPECTS // sharing)]  # sharing ranks compute together
+    suspects = [rank for rank in range(world.size) if rank // sharing in groups]
     told = world.gather_objects(step.micro_batches if world.rank in suspects else None)
     other = None
     if suspects:

@@ -58,6 +58,11 @@ def valid(case: Case) -> bool:
     )
 
 
+def can_share_matrices(case: Case) -> bool:
+    """Whether tensor-parallel ranks may train it (bigmodel/config/parallel_settings.py)."""
+    return case["stage"] < 3 and case["experts"] == "none" and case["optimizer"] != "adafactor"
+
+
 def everything() -> list[Case]:
     cases = (dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values()))
     return [case for case in cases if valid(case)]

@@ -40,6 +40,11 @@ def test_every_valid_pair_of_settings_is_among_the_cases() -> None:
         assert {(case[one], case[two]) for case in CASES} == possible
 
 
+def test_the_matrix_has_tensor_parallel_ranks_where_there_are_two() -> None:
+    counts = {size: sum("tensors" in case for case in exactness.matrix(size, quick=True)) for size in (1, 2, 4)}
+    assert counts == {1: 0, 2: 4, 4: 4}
+
+
 # The state of a run, and its publication.
 
 SOURCES = Sources("abc1234")

@@ -68,7 +68,9 @@ class Rescue:
     def _lost(self) -> str:
         """Why the state is not whole; "": it is."""
         if not self._engine.holds_all:
-            return "not saved by the survivors: each rank holds a part of the state alone (ZeRO 1 to 3, shared experts)"
+            return (
+                "not saved by the survivors: each rank holds a part of the state alone (ZeRO 1 to 3, shared parameters)"
+            )
         if self._updating:
             return "not saved by the survivors: the step after it was between its update and its end"
         if self._num_nodes > 1:

@@ -65,7 +65,8 @@ def test_survivors_say_that_the_state_of_a_sharded_run_is_not_whole(tmp_path: Pa
     codes, printed = kill_one(write_run(tmp_path, shards, stage=stage), tmp_path / "printed")
     assert codes == [1, -9]
     assert (
-        "not saved by the survivors: each rank holds a part of the state alone (ZeRO 1 to 3, shared experts)" in printed
+        "not saved by the survivors: each rank holds a part of the state alone (ZeRO 1 to 3, shared parameters)"
+        in printed
     )
     assert "bigmodel: another rank has ended: connection " in printed.splitlines()[-1]
     assert "loop.py:" in printed.splitlines()[-1]

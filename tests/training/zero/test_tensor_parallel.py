@@ -10,6 +10,7 @@ from bigmodel.config.settings import Settings, UserError
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.planning.parameters import held_of, parameters_of
+from bigmodel.training.trained import size_of
 from bigmodel.training.zero.tensor_parallel import TensorParallel
 from tests.support import exactness
 from tests.support.engine_worker import launch, oracle, plain_evaluation, settings_table
@@ -133,6 +134,7 @@ def test_the_plan_knows_the_parts_of_a_rank(model: dict[str, Any]) -> None:
     tensors = TensorParallel(cut, 2, 1, Phases(torch.device("cpu")))
     planned = {one.name: one.shape for one in held_of(parameters_of(settings, 68), settings)}
     assert planned == {name: tuple(one.shape) for name, one in cut.named_parameters()}
+    assert sum(map(size_of, cut.parameters())) == sum(one.numel for one in parameters_of(settings, 68))
     assert all(
         tensors.slices[name].numel == one.numel() for name, one in cut.named_parameters() if name in tensors.slices
     )
