@@ -1,19 +1,26 @@
 """Tensor-parallel ranks: the loss, gradient and update of one rank, and checkpoints that move."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import Settings, UserError
+from bigmodel.data.load.batch import tensors_of
+from bigmodel.distributed.world import end_world, start_world
+from bigmodel.generation.prompts import pack
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.planning.parameters import held_of, parameters_of
 from bigmodel.training.trained import size_of
+from bigmodel.training.zero.engine import Engine
 from bigmodel.training.zero.tensor_parallel import TensorParallel
 from tests.support import exactness
-from tests.support.engine_worker import launch, oracle, plain_evaluation, settings_table
+from tests.support.engine_worker import batch_of, launch, new_model, oracle, settings_table
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(600)  # all jobs run in the first test's set-up
 Jobs = dict[str, dict[str, Any]]
@@ -53,7 +60,7 @@ def job_of(folder: Path, degree: int, stage: int, packs: int, more: dict[str, An
     table = settings_table(folder, stage, "fp32", packs, **{"model": MODEL} | more)
     settings = Settings.model_validate(table)
     path = folder / f"plain-{len(list(folder.glob('plain-*')))}.safetensors"
-    job = {"seen": oracle(settings, STEPS, path), "oracle": str(path), "plain": plain_evaluation(settings)}
+    job = {"seen": oracle(settings, STEPS, path), "oracle": str(path)}
     table["training"]["tensor_parallel_ranks"] = degree
     return job | {"settings": table, "steps": STEPS, "allowed": {}, "evaluate_at": [0]}
 
@@ -104,7 +111,7 @@ def test_frozen_parts_keep_their_bits(results: Jobs) -> None:
     assert results["4 ranks: of 2"]["frozen_changed"] == []
 
 
-def test_each_rank_evaluates_its_own_batches_whole(results: Jobs) -> None:
+def test_evaluation_during_training_is_whole(results: Jobs) -> None:
     ours = results["4 ranks: of 4, ZeRO 0"]
     assert ours["shapes"] == [[], [24], [24, 68]]
     assert ours["evaluated"][0] == pytest.approx(ours["evaluated"][1], rel=1e-6)
@@ -138,6 +145,39 @@ def test_the_plan_knows_the_parts_of_a_rank(model: dict[str, Any]) -> None:
     assert all(
         tensors.slices[name].numel == one.numel() for name, one in cut.named_parameters() if name in tensors.slices
     )
+
+
+def evaluate_other_batches(table: dict[str, Any]) -> None:
+    """Each rank has documents of its own, of lengths that 2 does not divide."""
+    world = start_world(timeout_seconds=60)
+    alone = Settings.model_validate(table | {"training": table["training"] | {"tensor_parallel_ranks": 1}})
+    effective, settings = resolve_deepspeed(Settings.model_validate(table), world.size)
+    model, whole = new_model(settings, effective), new_model(alone).eval()
+    engine = Engine(model, settings, effective, world)
+    prompt, batch = pack([list(range(3, 10 + 4 * world.rank))]), batch_of(world.rank, range(2 + world.rank))
+    with torch.no_grad():
+        for one, output in (
+            (prompt, "logits"),
+            (batch, "predictions"),
+            (batch, "loss_per_position"),
+            (batch, "loss_sum"),
+        ):
+            wanted, found = whole(one, output), engine.forward(one, output)
+            assert found.shape == wanted.shape, output
+            assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5), output
+    batch = batch_of(0, range(1))
+    odd = replace(batch, **{field: value[:23] for field, value in tensors_of(batch).items() if len(value) == 24})
+    odd = replace(odd, cu_seqlens=odd.cu_seqlens.clamp(max=23))
+    model.train()
+    sums = world.sum_([float(model(odd))])
+    assert sums[0] == pytest.approx(float(new_model(alone)(odd)), rel=1e-6)
+    end_world()
+
+
+def test_each_rank_evaluates_its_own_batches_of_any_length(tmp_path: Path) -> None:
+    training = {"tensor_parallel_ranks": 2}
+    table = settings_table(tmp_path, 1, "fp32", 1, model=SHARED_KEYS | {"logit_softcap": 5.0}, training=training)
+    run_ranks(2, evaluate_other_batches, table)
 
 
 def test_a_vocabulary_that_ranks_cannot_divide_is_refused() -> None:
