@@ -159,6 +159,20 @@ def mixed_rows(target_cu_seqlens: Tensor, source_cu_seqlens: Tensor, num_labels:
     return rows.flip(0)
 
 
+def last_first(mask: AttentionMask, queries: range, first_key: int) -> AttentionMask:
+    """The queries of a run of positions and the keys [first_key, queries.stop) of a causal mask, both last first.
+
+    The first document of the run may begin before it, so that its n-th query is not aligned with its n-th key. Last
+    first the last position's query and key come first, and those of every document are aligned. Its documents must
+    cover the run, and no query of the run attends to a key before first_key.
+    """
+    assert mask.right == 0, "the mask is not causal"
+    assert mask.key_prefix is None, "the positions of a prefix attend to later keys"
+    edges = queries.stop - mask.cu_seqlens_q.clamp(max=queries.stop).flip(0)
+    of_queries, of_keys = edges.clamp(max=len(queries)), edges.clamp(max=queries.stop - first_key)
+    return AttentionMask(of_queries, of_keys, left=0, right=mask.left)
+
+
 # First form: the picture. It is the definition: slow, and simple enough to check by reading.
 
 

@@ -46,6 +46,7 @@ from bigmodel.config.sections import Section as Section
 from bigmodel.config.sections import UserError as UserError
 from bigmodel.config.sections import explain as explain
 from bigmodel.config.sections import without_secrets as without_secrets
+from bigmodel.config.sharing_settings import problem_of_sharing
 from bigmodel.config.spike_settings import SpikeSettings as SpikeSettings
 from bigmodel.config.start_folder import completed
 from bigmodel.data.objectives.table import OBJECTIVES
@@ -196,7 +197,12 @@ class TrainingSettings(Section):
         description="recomputed in the backward pass: nothing; all except matrix products and attention; everything",
     )
     sequence_parallel_ranks: int = Field(
-        1, ge=1, description="consecutive ranks that share each packed sequence (Ulysses), for very long documents"
+        1, ge=1, description="consecutive ranks that share each packed sequence, for very long documents"
+    )
+    sequence_parallel_method: Literal["ulysses", "all_gather"] = Field(
+        "ulysses",
+        description="how they attend: ulysses exchanges positions for heads and needs as many of them; all_gather: "
+        "each with its queries to the gathered keys of all; positions are dealt by attention work",
     )
     expert_parallel_ranks: int = Field(
         1, ge=1, description="consecutive ranks that share the experts of each layer, each with an equal part of them"
@@ -483,6 +489,12 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _sequences_can_be_shared(self) -> "Settings":
+        if problem := problem_of_sharing(self):
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _evaluations_exist(self) -> "Settings":
         asked = {"checkpoint.keep_best": self.checkpoint.keep_best, "training.early_stop": self.training.early_stop}
         for name, value in asked.items():
@@ -650,6 +662,9 @@ def not_covered(settings: Settings, attention_kernel: str) -> str:
         "optimizer.qk_clip": settings.optimizer.qk_clip > 0,
         "metrics.attention_scores": settings.metrics.attention_scores,
         'training.precision = "fp32"': settings.training.precision == "fp32",
+        'training.sequence_parallel_method = "all_gather"': attention_kernel != "hopper"
+        and settings.training.sequence_parallel_ranks > 1
+        and settings.training.sequence_parallel_method == "all_gather",
         f"heads of {channels} channels, not a multiple of 8": channels % 8 > 0,
         f"heads of {channels} channels, not 64 or 128": attention_kernel == "hopper" and channels not in (64, 128),
     }

@@ -7,6 +7,7 @@ largest counts:
     last norm   its backward
     last block  the backward of its feed-forward; with activation checkpointing what is computed again is there too
     last dense  the same of the last block before those with experts, which are done then
+    keys        the same, with the gradients of gathered keys and values (`training.sequence_parallel_method`)
 
 What a block holds is read off its code (`bigmodel.model`), tensor by tensor. Guarantee: within 5% of the tensors that
 the code makes, counted on torch's meta device (`bigmodel.inspect.memory.activation_bytes`), by a test.
@@ -79,6 +80,7 @@ def activation_parts(settings: Settings, vocabulary: int, packs: int, teacher: T
         others + side.last_norm() + side.states() + head,
         others + side.states() + side.norm_backward(),
         others + again + stacks[0].inside,
+        others + again + (0 if model.is_recurrent else side.gathered_gradients()),
         again + HASH_BYTES * side.tokens * model.hidden_size * (model.dropout > 0),
         stacks[0].earlier - twice,
     ]
@@ -108,7 +110,8 @@ class _Side:
     """A stack of blocks: its tokens, and those of the source that its blocks attend to.
 
     `adapters`: of one block, path of the matrix -> (ranks, rows) summed over its parts; None without [lora]: all
-    weights are trained. Parameters of `training.freeze` are taken for trained ones.
+    weights are trained. Parameters of `training.freeze` are taken for trained ones. `gathered`: tokens of all ranks
+    that share the sequence, if their keys are gathered.
     """
 
     model: ModelSettings
@@ -116,13 +119,19 @@ class _Side:
     tokens: int
     sources: int
     adapters: dict[str, tuple[int, int]] | None
+    gathered: int = 0
 
     @classmethod
     def of_target(cls, settings: Settings, packs: int) -> "_Side":
         data, low = settings.data, bytes_of(settings.training.precision)
         tokens, sources = packs * data.sequence_length, packs * data.source_sequence_length
-        tokens //= settings.training.ranks_per_sequence
-        return cls(settings.model, low, tokens, sources, _adapters(settings, "blocks.0."))
+        sharing = settings.training.ranks_per_sequence
+        is_gathered = (
+            settings.training.sequence_parallel_ranks > 1 and settings.training.sequence_parallel_method == "all_gather"
+        )
+        return cls(
+            settings.model, low, tokens // sharing, sources, _adapters(settings, "blocks.0."), tokens * is_gathered
+        )
 
     @classmethod
     def of_source(cls, settings: Settings, packs: int) -> "_Side | None":
@@ -232,11 +241,16 @@ class _Side:
         more = low * tokens * (queries + 2 * keys) + self.head_norms(tokens, (model.num_heads, model.num_kv_heads))
         if model.position_embedding == "rotary" or model.qk_norm:
             more += low * tokens * (queries + keys)
+        more += low * self.gathered * 2 * keys
         if model.kind == "encoder_decoder" and model.source_attention == "mixed":
             # The source's keys and values, then keys and values of both sides in reverse order.
             held += self.product("attention.source_key_value", 0, 2 * keys, self.sources)
             more += low * (tokens + 2 * self.sources) * 2 * keys + self.head_norms(self.sources, (model.num_kv_heads,))
         return held + Held(more, 0)
+
+    def gathered_gradients(self) -> int:
+        """Of gathered keys and values, in fp32: those sent and those received."""
+        return 2 * WIDE * self.gathered * 2 * self.model.num_kv_heads * self.model.resolved_head_dim
 
     def cross_attention(self) -> Held:
         model, low, tokens, sources = self.model, self.low, self.tokens, self.sources

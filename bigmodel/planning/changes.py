@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from bigmodel.config.deepspeed_config import packs_per_micro_batch
 from bigmodel.config.settings import Settings, num_micro_batches
+from bigmodel.config.sharing_settings import problem_of_sharing
 from bigmodel.planning.context import Context
 from bigmodel.planning.memory import at_stage, memory_of
 from bigmodel.planning.state_memory import is_offloaded
@@ -142,21 +143,13 @@ def _clashes(context: Context, choice: Choice) -> bool:
 
 
 def _can_share(settings: Settings, size: int, ranks_on_node: int) -> bool:
-    """What `bigmodel.training.zero.ulysses` asks for; only inside a node, whose links are fast."""
-    model, training = settings.model, settings.training
-    keys = model.num_kv_heads
-    if model.has_source or model.is_recurrent or model.position_embedding != "rotary" or model.num_mtp_modules:
+    """What `Settings` asks for; only inside a node, whose links are fast."""
+    model, training = settings.model, settings.training.model_copy(update={"sequence_parallel_ranks": size})
+    if model.is_recurrent or training.compile or training.scheduled_sampling:
         return False
-    if (
-        training.compile
-        or training.tensor_parallel_ranks > 1
-        or training.scheduled_sampling
-        or settings.distillation.teacher
-        or model.classification
-    ):
+    if training.tensor_parallel_ranks > 1 or settings.distillation.teacher or model.classification:
         return False
-    divides = not (model.num_heads % size or (keys % size and size % keys) or settings.data.sequence_length % size)
-    return divides and ranks_on_node % size == 0
+    return not problem_of_sharing(settings.model_copy(update={"training": training})) and ranks_on_node % size == 0
 
 
 def _lighter(context: Context, own: Choice) -> Iterator[Choice]:

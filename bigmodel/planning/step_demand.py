@@ -42,7 +42,7 @@ class Demand(NamedTuple):
     optimizer_bytes: float
     pcie_bytes: float  # to and from the host, with the optimizer in its memory
     host_bytes: float  # moved there by the update
-    all_to_all_bytes: float  # sent, of Ulysses
+    sequence_bytes: float  # sent between ranks that share packed sequences
     expert_rows_bytes: float  # sent to the ranks of experts and back, at even loads
     tensor_bytes: float  # gathered and added up by tensor-parallel ranks
     collectives: tuple[Collective, ...]
@@ -85,7 +85,7 @@ def step_demand(context: "Context", packs: int = 0, of_pack: PackWork | None = N
         optimizer_bytes=moved,
         pcie_bytes=over_pcie,
         host_bytes=in_host,
-        all_to_all_bytes=_all_to_all_bytes(context, work) / ranks,
+        sequence_bytes=_sequence_bytes(context, work) / ranks,
         expert_rows_bytes=_expert_rows_bytes(context.settings, work) / ranks,
         tensor_bytes=_tensor_bytes(settings, work) / ranks,
         collectives=tuple(collectives(parameters, settings, effective, ranks, micro_batches)),
@@ -193,15 +193,20 @@ def _tensor_bytes(settings: Settings, work: Work) -> float:
     return states * (size - 1) * (4 * passes * num_blocks(settings.model) + 4)
 
 
-def _all_to_all_bytes(context: "Context", work: Work) -> float:
-    """Over all ranks: queries, keys, values and the output of each block, forward and backward, once more where
-    everything is recomputed (Jacobs et al. 2023)."""
+def _sequence_bytes(context: "Context", work: Work) -> float:
+    """Over all ranks. Ulysses: queries, keys, values and the output of each block, forward and backward, once more
+    where everything is recomputed (Jacobs et al. 2023). Gathered keys: keys and values of each block to all other
+    ranks, once more where anything is recomputed; their gradients, in fp32, back."""
     settings = context.settings
     model, shards = settings.model, settings.training.sequence_parallel_ranks
     if shards == 1:
         return 0.0
+    again, low = settings.training.activation_checkpointing, bytes_of(settings.training.precision)
+    if settings.training.sequence_parallel_method == "all_gather":
+        numbers = 2 * model.num_kv_heads * model.resolved_head_dim * work.positions * num_blocks(model)
+        return numbers * (shards - 1) * (low * (1 if again == "none" else 2) + WIDE)
     width = 2 * (model.num_heads + model.num_kv_heads) * model.resolved_head_dim
-    times = 3 if settings.training.activation_checkpointing == "full" else 2
+    times = 3 if again == "full" else 2
     tokens = work.positions + work.source_positions
-    sent = bytes_of(settings.training.precision) * width * tokens * num_blocks(model) / (2 if model.has_source else 1)
+    sent = low * width * tokens * num_blocks(model) / (2 if model.has_source else 1)
     return times * sent * (shards - 1) / shards

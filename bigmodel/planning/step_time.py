@@ -132,15 +132,16 @@ def sent_seconds(context: "Context", demand: Demand, hardware: Hardware, rates: 
     rate = hardware.ring_rate * rates.link
     found = {f"{one.name} {one.purpose}": one.sent(demand.ranks) / rate for one in demand.collectives}
     training = context.settings.training
-    for purpose, size, sent in (
-        ("sequence parallel", training.sequence_parallel_ranks, demand.all_to_all_bytes),
-        ("expert parallel", training.expert_parallel_ranks, demand.expert_rows_bytes),
-        ("tensor parallel", training.tensor_parallel_ranks, demand.tensor_bytes),
+    of_sequence = "all_gather" if training.sequence_parallel_method == "all_gather" else "all_to_all"
+    for name, size, sent in (
+        (f"{of_sequence} sequence parallel", training.sequence_parallel_ranks, demand.sequence_bytes),
+        ("all_to_all expert parallel", training.expert_parallel_ranks, demand.expert_rows_bytes),
+        ("all_to_all tensor parallel", training.tensor_parallel_ranks, demand.tensor_bytes),
     ):
         if sent:
             inside = size <= hardware.gpus_per_node
             links = hardware.node_rate if inside else min(hardware.node_rate, hardware.link_rate)
-            found[f"all_to_all {purpose}"] = sent / (links * rates.link)
+            found[name] = sent / (links * rates.link)
     return found
 
 

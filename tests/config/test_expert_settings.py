@@ -119,5 +119,5 @@ def test_ranks_of_several_nodes_share_experts_only_if_asked() -> None:
 
 def test_groups_of_ranks_hold_all_that_share_something() -> None:
     training = {"expert_parallel_ranks": 4, "sequence_parallel_ranks": 6}
-    assert settings_of(training=training).training.sharing_ranks == 12
+    assert settings_of(training=training, data={"sequence_length": 6_144}).training.sharing_ranks == 12
     assert Settings().training.sharing_ranks == 1

@@ -17,6 +17,7 @@ from bigmodel.kernels.mask import (
     cross,
     dense,
     intervals,
+    last_first,
     mixed,
     mixed_rows,
     picture,
@@ -207,3 +208,18 @@ def test_a_schedule_refuses_offsets_that_do_not_fit_the_rows(cu_seqlens: list[in
 def test_a_prefix_may_be_any_number() -> None:
     cu_seqlens, endless = offsets_of([4, 4]), int32([2**31 - 1, 2**31 - 1])
     assert torch.equal(dense(prefix_lm(cu_seqlens, endless), 8, 8), dense(bidirectional(cu_seqlens), 8, 8))
+
+
+@settings(max_examples=80, deadline=None)
+@given(some.lists(some.integers(0, 6), min_size=1, max_size=5), some.sampled_from([None, 0, 1, 3]), some.data())
+def test_a_run_last_first_is_the_causal_mask_turned_around(
+    lengths: list[int], left: int | None, data: some.DataObject
+) -> None:
+    mask = causal(torch.tensor([0, *lengths, 1], dtype=torch.int32).cumsum(0, dtype=torch.int32), left)
+    whole = picture(mask, sum(lengths) + 1, sum(lengths) + 1)
+    begin = data.draw(some.integers(0, sum(lengths)))
+    end = data.draw(some.integers(begin + 1, sum(lengths) + 1))
+    seen = [line.index("#") for line in whole[begin:end]]
+    first = data.draw(some.integers(0, min(seen)))
+    part = picture(last_first(mask, range(begin, end), first), end - begin, end - first)
+    assert [line[::-1] for line in part[::-1]] == [line[first:end] for line in whole[begin:end]]

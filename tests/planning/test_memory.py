@@ -83,6 +83,19 @@ def test_ranks_that_share_a_sequence_divide_what_its_tokens_make() -> None:
     assert four["framework"] > one["framework"]
 
 
+def test_gathered_keys_and_values_of_all_ranks_are_kept_by_each() -> None:
+    """In every block, beside what the exchange of heads keeps; with recomputation those of one block."""
+    for kind, blocks in (("none", MODEL["num_layers"]), ("full", 1)):
+        table = table_of(model_of("llama"), "bf16", kind)
+        held = []
+        for method in ("ulysses", "all_gather"):
+            more = {"sequence_parallel_ranks": 4, "sequence_parallel_method": method}
+            held.append(memory_of(context(table | {"training": table["training"] | more})).device["activations"])
+        model = context(table).settings.model
+        keys = 2 * 2 * 2048 * model.num_kv_heads * model.resolved_head_dim
+        assert blocks * keys <= held[1] - held[0] <= (blocks + 4) * keys, "at most the gradients in fp32, twice"
+
+
 def test_ranks_that_share_experts_hold_a_part_of_them() -> None:
     """Masters and moments are partitioned over all ranks in any case; weights and gradients are not."""
     table = table_of(model_of("llama") | {"experts": {"count": 8, "width": 64}}, "bf16", "none")

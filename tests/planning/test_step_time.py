@@ -60,7 +60,7 @@ def test_flops_of_a_rank_are_those_by_hand() -> None:
     assert demand.matrix_flops == 6 * tokens * (2 * BLOCK + VOCABULARY * 64)
     pairs = 16 * 2 * 256 * 257 // 2  # both layers, of the whole step
     assert demand.attention_flops == 3.5 * 4 * 64 * pairs / 8
-    assert demand.recomputed_matrix_flops == demand.all_to_all_bytes == 0
+    assert demand.recomputed_matrix_flops == demand.sequence_bytes == 0
 
 
 def test_full_checkpointing_adds_a_forward_of_the_blocks_without_their_last_product() -> None:
@@ -184,7 +184,7 @@ def test_ulysses_exchanges_heads() -> None:
     given = context(training={"sequence_parallel_ranks": 4})
     demand = step_demand(given)
     tokens = 16 * 256 / 8
-    assert demand.all_to_all_bytes == 2 * 2 * (4 * 64) * tokens * 2 * 3 / 4
+    assert demand.sequence_bytes == 2 * 2 * (4 * 64) * tokens * 2 * 3 / 4
     assert "all_to_all sequence parallel" in step_time(given).phases
 
 
@@ -203,6 +203,18 @@ def test_tensor_parallel_ranks_gather_states_and_add_them_up() -> None:
     found = step_time(given)
     assert found.phases["all_to_all tensor parallel"] > 0
     assert found.sent_bytes["all_to_all tensor parallel"] == demand.tensor_bytes
+
+
+def test_gathered_keys_are_sent_to_all_others_and_their_gradients_back_in_fp32() -> None:
+    """2 of 4 heads' keys and values, to 3 other ranks: bf16 forward, once more in a recomputation, fp32 backward."""
+    model = MODEL | {"num_kv_heads": 2}
+    training = {"sequence_parallel_ranks": 4, "sequence_parallel_method": "all_gather"}
+    given = context(model=model, training=training)
+    numbers = 2 * 2 * 16 * (16 * 256 / 8) * 2 * 3
+    assert step_demand(given).sequence_bytes == numbers * (2 + 4)
+    for kind in ("selective", "full"):
+        assert step_demand(with_settings(given, activation_checkpointing=kind)).sequence_bytes == numbers * (2 * 2 + 4)
+    assert "all_gather sequence parallel" in step_time(given).phases
 
 
 def test_shared_experts_exchange_rows_and_are_summed_where_they_are_held() -> None:

@@ -163,10 +163,10 @@ def job_of(case: Case, folder: Path, steps: int = STEPS, **zero: Any) -> dict[st
     return {"settings": table, "steps": steps, "oracle": str(path), "seen": seen, "allowed": allowed}
 
 
-def with_sequence(job: dict[str, Any], ranks: int) -> dict[str, Any]:
+def with_sequence(job: dict[str, Any], ranks: int, method: str = "ulysses") -> dict[str, Any]:
     """The job with packs shared by `ranks` ranks."""
-    settings = job["settings"]
-    return job | {"settings": settings | {"training": settings["training"] | {"sequence_parallel_ranks": ranks}}}
+    settings, shared = job["settings"], {"sequence_parallel_ranks": ranks, "sequence_parallel_method": method}
+    return job | {"settings": settings | {"training": settings["training"] | shared}}
 
 
 def with_shared_experts(job: dict[str, Any], ranks: int) -> dict[str, Any]:

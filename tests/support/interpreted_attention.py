@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from bigmodel.kernels import attention as kernels
 from bigmodel.kernels.attention import attention, attention_and_largest, attention_op, make_tile_metadata
 from bigmodel.kernels.attention_dropout import make_dropout
-from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, mixed, prefix_lm
+from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, last_first, mixed, prefix_lm
 from tests.kernels.test_mask import int32, offsets_of, random_masks
 from tests.support.dense_attention import (
     Inputs,
@@ -62,6 +62,9 @@ CASES = {
     ),
     "mixed: own past and source": (
         mixed(offsets_of([9, 0, 40]), offsets_of([20, 3, 35])), 49, 107, (2, 1), 16, FP32,
+    ),
+    "a run of positions, last first": (
+        last_first(causal(SHORT_AND_LONG, left=40), range(20, 60), 1), 40, 59, (2, 1), 16, FP32,
     ),
     "causal cross: late queries see nothing": (*LATE_QUERIES_SEE_NOTHING, None, 40),
     "bidirectional, a bias": (bidirectional(offsets_of([2, 69])), 71, 71, (1, 1), 16, FP32, None, 40),

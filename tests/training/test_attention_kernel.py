@@ -49,6 +49,7 @@ def test_a_missing_package_is_named() -> None:
         ({"optimizer": {"qk_clip": 100}}, "optimizer.qk_clip"),
         ({"metrics": {"attention_scores": True}}, "metrics.attention_scores"),
         ({"training": {"precision": "fp32"}}, "fp32"),
+        ({"training": {"sequence_parallel_ranks": 2, "sequence_parallel_method": "all_gather"}}, "all_gather"),
         ({"model": {"hidden_size": 48, "num_heads": 4}}, "heads of 12 channels"),
     ],
 )

@@ -41,13 +41,13 @@ from bigmodel.training.optimizers.groups import build_optimizer, expert_group, s
 from bigmodel.training.optimizers.shards import Part, Shards
 from bigmodel.training.optimizers.table import OPTIMIZERS, STEP
 from bigmodel.training.slices import Place, Slice, parts_of
+from bigmodel.training.zero.context_parallel import sequence_of
 from bigmodel.training.zero.examine import first_nonfinite, squared_gradients
 from bigmodel.training.zero.expert_parallel import ExpertParallel, made_whole
 from bigmodel.training.zero.held_zeros import HeldZeros
 from bigmodel.training.zero.layouts import ParameterShard, layout_of
 from bigmodel.training.zero.mmap_state import MappedFiles
 from bigmodel.training.zero.tensor_parallel import TensorParallel
-from bigmodel.training.zero.ulysses import Sequence
 from bigmodel.training.zero.wrapping import hide_gathers, wrap_blocks
 
 WEIGHT, AVERAGE = "weight", "ema"  # keys of the state, in addition to the optimizer's
@@ -114,9 +114,7 @@ class Engine:
         self._squares: dict[int, Tensor] = {}  # of the gradients of the step, by id: `gradient_norm`
         if world.device.type == "cpu":
             _norm_from_squares(self._engine.optimizer, self._squares)
-        self._sequence = (
-            Sequence(settings, world, self.phases) if settings.training.sequence_parallel_ranks > 1 else None
-        )
+        self._sequence = sequence_of(settings, world, self.phases)
         self._compiles = settings.training.compile
         self._norm: float | None = None
         self._zeros: HeldZeros | None = None

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigmodel.config.settings import Settings, UserError
+from bigmodel.config.settings import Settings
 from bigmodel.data.load.batch import Batch
 from bigmodel.distributed.world import World
 from bigmodel.kernels.attention import attention, attention_and_largest, make_tile_metadata
@@ -37,18 +37,15 @@ class Sequence:
     """The ranks that share this rank's packed sequences."""
 
     def __init__(self, settings: Settings, world: World, phases: Phases | None = None) -> None:
-        """Collective. `phases` counts the exchanges as communication. Raises `UserError` where heads or positions
-        cannot be divided."""
+        """Collective. `phases` counts the exchanges as communication."""
         self.size = settings.training.sequence_parallel_ranks
-        _require_shareable(settings, self.size)
         self.rank = world.rank % self.size
         groups = [dist.new_group(list(range(first, first + self.size))) for first in range(0, world.size, self.size)]
         self._ranks = Ranks(groups[world.rank // self.size], self.size, phases or Phases(world.device))
 
     def share(self, batch: Batch) -> Batch:
         """The batch with this rank's positions only, but the cu_seqlens and prefixes of whole documents."""
-        count = len(batch.tokens) // self.size
-        mine = slice(self.rank * count, (self.rank + 1) * count)
+        mine = self._rows(batch)
         values = {field.name: getattr(batch, field.name) for field in fields(batch)}
         return replace(
             batch,
@@ -58,6 +55,11 @@ class Sequence:
                 if isinstance(value, Tensor) and name not in OF_DOCUMENTS
             },
         )
+
+    def _rows(self, batch: Batch) -> slice | Tensor:
+        """The positions of this rank."""
+        count = len(batch.tokens) // self.size
+        return slice(self.rank * count, (self.rank + 1) * count)
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -149,22 +151,3 @@ def _exchange(x: Tensor, ranks: Ranks, gather: bool) -> Tensor:
 def _let_the_model_call(attend: Any, attend_and_measure: Any, tile_metadata: Any) -> None:
     transformer.attention, transformer.attention_and_largest = attend, attend_and_measure
     transformer.make_tile_metadata = tile_metadata
-
-
-def _require_shareable(settings: Settings, size: int) -> None:
-    model, name = settings.model, f"training.sequence_parallel_ranks = {size}"
-    if model.has_source or model.position_embedding != "rotary" or model.num_mtp_modules:
-        raise UserError(
-            f"{name}: needs a decoder-only model with rotary positions and without MTP modules "
-            "(model.num_mtp_modules = 0); set it to 1"
-        )
-    if model.num_heads % size or (model.num_kv_heads % size and size % model.num_kv_heads):
-        raise UserError(
-            f"{name} does not fit model.num_heads = {model.num_heads} and model.num_kv_heads = "
-            f"{model.num_kv_heads}: it "
-            "must divide the heads, and divide the key-value heads or be a multiple of them"
-        )
-    if settings.data.sequence_length % size:
-        raise UserError(
-            f"{name} does not divide data.sequence_length = {settings.data.sequence_length}; choose a multiple"
-        )

@@ -13,13 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import ModelSettings, Settings, UserError
-from bigmodel.distributed.world import ALONE, start_world
+from bigmodel.distributed.world import start_world
 from bigmodel.generation.prompts import pack
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.transformer import Block, Transformer
 from bigmodel.training.zero import ulysses
 from bigmodel.training.zero.engine import Engine, evaluated
-from bigmodel.training.zero.ulysses import Sequence
 from bigmodel.training.zero.wrapping import wrap_blocks
 from tests.support.engine_worker import (
     batch_of,
@@ -412,19 +411,6 @@ def test_70_billion_parameters_counted_on_meta_tensors() -> None:
     per_rank = (2 + 4 + 8 + 4) * parameters / 64 + 2 * largest
     assert per_rank < 24e9
     assert parameters * 2 > 140e9, "which no rank could hold whole"
-
-
-@pytest.mark.parametrize(
-    ("table", "words"),
-    [
-        ({"model": {"num_heads": 6, "num_kv_heads": 6}}, r"= 4 does not fit model\.num_heads = 6"),
-        ({"data": {"sequence_length": 2050}}, r"= 4 does not divide data\.sequence_length = 2050"),
-    ],
-)
-def test_what_cannot_be_shared_is_named(table: dict[str, Any], words: str) -> None:
-    settings = Settings.model_validate(table | {"training": {"sequence_parallel_ranks": 4}})
-    with pytest.raises(UserError, match=words):
-        Sequence(settings, ALONE)
 
 
 def test_time_in_ulysses_exchanges_is_communication(monkeypatch) -> None:
