@@ -123,7 +123,7 @@ class TensorParallel:
     def _cut(self, parameter: nn.Parameter, mine: Slice, shape: tuple[int, ...]) -> None:
         name = self._names[id(parameter)]
         parameter.data = mine.take(parameter.data.flatten(), 0, mine.numel).view(shape)
-        parameter.whole_shape = mine.shape  # type: ignore[attr-defined]
+        parameter.whole_shape = mine.shape
         self.slices[name] = mine
         self.parameters.append(parameter)
 
