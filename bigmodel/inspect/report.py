@@ -181,7 +181,7 @@ def replay_command(run_directory: Path, step: int, events: Sequence[dict[str, An
     """The command that explains a step: from the initial weights, where no older checkpoint is kept.
 
     `events`: the run's. After a new plan the initial weights do not lead to the step."""
-    planned_anew = any(event.get("event") == "new_plan" and event["step"] for event in events)
+    planned_anew = any(event.get("event") == "new_plan" and event.get("first_step") for event in events)
     older = any(saved < step for saved in checkpoint_steps(Path(run_directory) / "checkpoints"))
     begin = "" if older or planned_anew else FROM_BEGINNING
     return f"bigmodel replay {shell_word(run_directory)} --step {step}{begin}"

@@ -32,7 +32,7 @@ class Fault:
 
     backward: the gradient of the output is not finite, and the output is. spoilt: data steps whose loss is not finite
     on any rank; spoilt_in: a file with more of them, which may come later, but before these steps. loud_in: the same
-    for steps that are loud. slow_in: while this file is there, each document takes 50 ms to read. journal: gets the
+    for steps that are loud. slow_in: while this file is there, each document takes 0.3 s to read. journal: gets the
     Unix time at which the fault happened."""
 
     kind: str = ""
@@ -160,7 +160,7 @@ def slow_down_reading(file: Path) -> None:
 
     def document(self: Any, *place: Any) -> Any:
         if file.exists():
-            time.sleep(0.05)
+            time.sleep(0.3)
         return read(self, *place)
 
     ReadAhead.document = document  # type: ignore[method-assign]

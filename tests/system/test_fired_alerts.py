@@ -39,7 +39,7 @@ DIVISORS = {
     "BigmodelRestartLoop": 90,  # in 40 s
     "BigmodelGoodputLow": 240,  # over 15 s, for 7.5 s
     "BigmodelStraggler": 100,  # over 3 s, for 3 s
-    "BigmodelWaitsForData": 200,  # in 3 s, for 3 s
+    "BigmodelWaitsForData": 40,  # in 15 s, for 15 s
     "BigmodelLossNotFinite": 120,  # in 5 s
     "BigmodelLossSpikes": 360,  # in 5 s
     "BigmodelCheckpointOld": 1000,  # 10.8 s
