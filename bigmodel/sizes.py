@@ -62,9 +62,9 @@ def short_duration(seconds: float) -> str:
     """As `duration`; below a minute and a half with three digits.
 
     >>> [short_duration(seconds) for seconds in (0, 6.11e-5, 0.4815, 0.9999, 7.734, 89.9, 12_000)]
-    ['0 s', '61.1 µs', '482 ms', '1.00 s', '7.73 s', '89.90 s', '3 h 20 min']
+    ['0 s', '61.1 µs', '482 ms', '1 s', '7.73 s', '89.9 s', '3 h 20 min']
     """
     for size, unit in ((1e6, "µs"), (1e3, "ms")):
         if 0 < seconds * size < 999.5:
             return f"{seconds * size:.3g} {unit}"
-    return f"{seconds:,.2f} s" if 0 < seconds < 90 else duration(seconds)
+    return f"{seconds:.3g} s" if 0 < seconds < 90 else duration(seconds)

@@ -8,7 +8,9 @@ to torch.distributed, counted on gloo, by a test.
     stage 1    the same; then the new weights are gathered
     stage 2    sum of gradients in every micro-batch; then the new weights are gathered
     stage 3    in every micro-batch weights are gathered, in the backward once more where the forward let go of them,
-               and gradients are summed and scattered; what stays whole for its size is gathered once a step
+               and gradients are summed and scattered; what stays whole for its size is gathered once a step; with
+               hpZ all gathers of a step but the first are among its neighbouring ranks, from the second copy that the
+               first leaves and the update invalidates
 
 Ranks that share experts sum and gather these only among the ranks that hold the same ones. The rows that they exchange
 are in `bigmodel.planning.step_demand`.
@@ -37,6 +39,7 @@ class Collective(NamedTuple):
     purpose: str
     payload: int
     among: int = 0  # ranks; 0: all
+    are_neighbours: bool = False  # the ranks of `among`
 
     def sent(self, ranks: int) -> int:
         """Bytes that one rank sends in a ring."""
@@ -70,10 +73,14 @@ def collectives(
     parted = sum(one.numel for one in parameters if one.numel >= persists)
     whole = sum(one.numel for one in parameters if one.numel < persists)
     again = _gathered_again(parameters, zero, parted, settings.training.activation_checkpointing != "none")
-    return [
-        Collective("all_gather", "weights", low * ((parted + again) * micro_batches + whole)),
+    gathered, size = (parted + again) * micro_batches, min(zero.get("zero_hpz_partition_size", 1), ranks)
+    inside = gathered - parted if size > 1 else 0
+    found = [
+        Collective("all_gather", "weights", low * (gathered - inside + whole)),
+        Collective("all_gather", "weights again", low * inside, size, are_neighbours=True),
         Collective("reduce_scatter", "gradients", summed * trained * micro_batches),
     ]
+    return [one for one in found if one.payload]
 
 
 def _gathered_again(parameters: Sequence[Parameter], zero: dict[str, Any], parted: int, recomputes: bool) -> int:

@@ -150,7 +150,8 @@ def _element_bytes(context: "Context", work: Work) -> float:
     model, low = settings.model, bytes_of(settings.training.precision)
     again = settings.training.activation_checkpointing != "none"
     layers = model.num_layers + model.num_mtp_modules
-    moved = work.positions * layers * _width_moved(model)
+    sparse = model.num_expert_layers
+    moved = work.positions * ((layers - sparse) * _width_moved(model) + sparse * _width_moved(model, has_experts=True))
     if model.has_source:
         encoder = model if model.is_recurrent else model.encoder
         moved += work.source_positions * encoder.num_layers * _width_moved(encoder)
@@ -158,8 +159,9 @@ def _element_bytes(context: "Context", work: Work) -> float:
     return low * moved * (1 + MOVED_AGAIN + again) + LOGIT_BYTES * heads * work.positions * context.vocabulary
 
 
-def _width_moved(model: ModelSettings) -> int:
-    """Numbers read and written for a token in a block's forward, beside its products and attention."""
+def _width_moved(model: ModelSettings, has_experts: bool = False) -> int:
+    """Numbers read and written for a token in a block's forward, beside its products and attention. Experts: its state
+    is copied to their rows, and their outputs are read again."""
     width = model.hidden_size
     if model.is_recurrent:
         return 3 * GATES[model.cell] * width
@@ -169,6 +171,9 @@ def _width_moved(model: ModelSettings) -> int:
     rotated = 2 * (queries + keys) if model.position_embedding == "rotary" else 0
     normed = 2 * (queries + keys) if model.qk_norm else 0
     inner = (3 if model.gated else 2) * model.intermediate_size
+    if has_experts and model.experts:
+        chosen = model.experts.per_token
+        inner = 3 * (chosen + model.experts.shared) * model.expert_width + 2 * chosen * width
     return 2 * norms * width + 3 * sublayers * width + rotated + normed + inner
 
 

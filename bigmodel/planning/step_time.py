@@ -11,7 +11,8 @@ In: a context and, if a run was measured, a calibration. Out: `StepTime`, and a 
 A ring over n ranks sends (n - 1) / n of a gathered tensor, twice that of a summed one (Patarasuk & Yuan 2009); over
 nodes its rate is that of all adapters of a node together. Collectives are not hidden behind computation: DeepSpeed's
 overlap_comm is off by default here, and published steps of FSDP, which overlaps, fit best so. Not in the model: latency
-of collectives, waiting for the slowest rank and for data, what ZeRO++ saves, and what `not_counted` names, with a row.
+of collectives, waiting for the slowest rank and for data, what ZeRO++'s quantization saves, and what `not_counted`
+names, with a row.
 
 The default rates meet 14 rows of llm-foundry's published table within 8%, and predict 20 other rows within 13%
 (`tools.bench_plan`, benchmarks/bench_plan.json); there with the attention rate of its kernel, Triton's of 2023.
@@ -24,7 +25,7 @@ from bigmodel.planning.hardware import GB, TERA, Hardware, hardware_of
 from bigmodel.planning.part import Part, Row
 from bigmodel.planning.state_memory import is_offloaded
 from bigmodel.planning.step_demand import BACKWARD_OF_ATTENTION, MOVED_AGAIN, Demand, ramp_of, step_demand
-from bigmodel.sizes import byte_size, short_duration
+from bigmodel.sizes import amount, byte_size, short_duration
 
 if TYPE_CHECKING:
     from bigmodel.planning.context import Context
@@ -129,8 +130,11 @@ def computed_seconds(demand: Demand, hardware: Hardware, rates: Rates) -> dict[s
 
 def sent_seconds(context: "Context", demand: Demand, hardware: Hardware, rates: Rates) -> dict[str, float]:
     """Of collectives, by operation and purpose."""
-    rate = hardware.ring_rate * rates.link
-    found = {f"{one.name} {one.purpose}": one.sent(demand.ranks) / rate for one in demand.collectives}
+    found = {}
+    for one in demand.collectives:
+        inside = one.are_neighbours and one.among <= hardware.gpus_per_node
+        rate = (hardware.node_rate if inside else hardware.ring_rate) * rates.link
+        found[f"{one.name} {one.purpose}"] = one.sent(demand.ranks) / rate
     training = context.settings.training
     of_sequence = "all_gather" if training.sequence_parallel_method == "all_gather" else "all_to_all"
     for name, size, sent in (
@@ -161,6 +165,7 @@ def _evaluation_seconds(context: "Context", demand: Demand, phases: dict[str, fl
 def time_part(context: "Context", found: StepTime) -> Part:
     """Rows: the step, its phases, what each rank sends, the assumptions."""
     demand, rates = found.demand, found.rates
+    of_device = f"; of the measured device's {_whole(rates.peak_flops / TERA)} TFLOP/s" if rates.peak_flops else ""
     rows = [
         Row("a step", short_duration(found.seconds), f"{demand.packs:,} packed sequences, {found.tokens:,} tokens"),
         Row(
@@ -168,7 +173,7 @@ def time_part(context: "Context", found: StepTime) -> Part:
             f"{found.tokens_per_second:,.0f}",
             f"{found.tokens_per_second_per_gpu:,.0f} on each of {context.ranks:,} GPUs",
         ),
-        Row("MFU", f"{found.mfu_causal:.1%}", "attention counted over the pairs that the masks allow"),
+        Row("MFU", f"{found.mfu_causal:.1%}", f"attention counted over the pairs that the masks allow{of_device}"),
         Row("MFU as published", f"{found.mfu_full:.1%}", "as if each packed sequence were one sequence without a mask"),
     ]
     for name, seconds in sorted(found.phases.items(), key=lambda one: -one[1]):
@@ -198,21 +203,10 @@ def assumptions(context: "Context", found: StepTime) -> list[Row]:
     """What the figures rest on, each with its origin."""
     rates, hardware, of_pack = found.rates, found.hardware, found.demand.pack_work
     where = "of the prepared data" if of_pack.is_measured else "assumed, lognormal: the data are not prepared"
-    products = hardware.peak_flops * hardware.achievable * rates.products / TERA
     rows = [
         *hardware.rows,
         Row("mean document", f"{of_pack.mean_document:,.0f} tokens", f"chunks of long ones counted; {where}"),
-        Row(
-            "matrix products",
-            f"{products:,.0f} TFLOP/s",
-            f"{hardware.achievable:.0%} achievable x {rates.products:.0%}",
-        ),
-        Row(
-            "attention",
-            f"{hardware.peak_flops * rates.attention / TERA:,.0f} TFLOP/s",
-            f"{rates.attention:.0%} of peak",
-        ),
-        Row("memory", f"{hardware.memory_rate * rates.memory / GB:,.0f} GB/s", f"{rates.memory:.0%} of its bandwidth"),
+        *_rate_rows(hardware, rates),
     ]
     if found.demand.collectives:
         rate = hardware.ring_rate * rates.link / GB
@@ -220,11 +214,35 @@ def assumptions(context: "Context", found: StepTime) -> list[Row]:
         rows.append(Row("hidden behind computation", "nothing", "overlap_comm is not counted on"))
     if missing := not_counted(context):
         rows.append(Row("not counted", "makes a step longer", ", ".join(missing)))
-    if rates.measured:
-        note = f"memory {rates.bytes_slowdown:.3g} x as long, {1000 * rates.seconds_per_step:.3g} ms a step, "
-        note += f"{1000 * rates.seconds_per_block:.3g} ms a block and micro-batch; by {', '.join(rates.measured)}"
-        rows.append(Row("calibrated", f"products {rates.slowdown:.3g} x", note))
     return rows
+
+
+def _rate_rows(hardware: Hardware, rates: Rates) -> list[Row]:
+    """What a GPU reaches; calibrated: what the measured runs reached, and the fixed seconds fitted to them."""
+    if not rates.measured:
+        of_products = of_attention = of_memory = ""
+    else:
+        runs = f"measured by {', '.join(rates.measured)}"
+        of_products = of_attention = f"{runs}: {rates.slowdown:.3g} times as long as "
+        of_memory = f"{runs}: {rates.bytes_slowdown:.3g} times as long as "
+    products = hardware.peak_flops * hardware.achievable * rates.products / rates.slowdown
+    attention = hardware.peak_flops * rates.attention / rates.slowdown
+    memory = hardware.memory_rate * rates.memory / rates.bytes_slowdown
+    share = f"{hardware.achievable:.0%} achievable x {rates.products:.0%}"
+    rows = [
+        Row("matrix products", f"{_whole(products / TERA)} TFLOP/s", of_products + share),
+        Row("attention", f"{_whole(attention / TERA)} TFLOP/s", f"{of_attention}{rates.attention:.0%} of peak"),
+        Row("memory", f"{_whole(memory / GB)} GB/s", f"{of_memory}{rates.memory:.0%} of its bandwidth"),
+    ]
+    if rates.measured:
+        block = f"{short_duration(rates.seconds_per_block)} a block and micro-batch"
+        rows.append(Row("beside these", f"{short_duration(rates.seconds_per_step)} a step", f"{block}; measured"))
+        rows.append(Row("not measured", "figures of the GPU", "memory, links and power are those above"))
+    return rows
+
+
+def _whole(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else amount(number)
 
 
 def not_counted(context: "Context") -> list[str]:

@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "3 let go": {"stage": 3, "precision": "bf16", "zero": NOTHING_LIVES | {"stage3_max_reuse_distance": 0}},
 }
 CASES["3 again"] = CASES["3 let go"] | {"kind": "full"}
+CASES["3 hpz"] = CASES["3 again"] | {"zero": CASES["3 again"]["zero"] | {"zero_hpz_partition_size": 2}}
 CALLS = {"all_reduce": "all_reduce", "all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
 
 
@@ -42,22 +43,25 @@ def table_of(
 
 
 def counted(call: Any, name: str, into: Counter[str], *arguments: Any, **named: Any) -> Any:
-    """The bytes of the larger tensor; numbers and norms, of a few elements, are left out."""
+    """The bytes of the larger tensor, by name and number of ranks; numbers and norms, of a few elements, are left
+    out."""
     size = max(one.nbytes for one in tree_leaves((arguments, named)) if isinstance(one, torch.Tensor))
-    into[name] += size if size > 64 else 0
+    ranks = torch.distributed.get_world_size(named.get("group"))
+    into[f"{name} {ranks}"] += size if size > 64 else 0
     return call(*arguments, **named)
 
 
 def measure(tables: list[dict[str, Any]], folder: Path) -> None:
-    """On a rank: payload by collective of the second step of each case."""
+    """On a rank: payload by collective and ranks of the second step of each case."""
     into: Counter[str] = Counter()
     for call, name in CALLS.items():  # before DeepSpeed is imported
         setattr(torch.distributed, call, partial(counted, getattr(torch.distributed, call), name, into))
     from bigmodel.distributed.world import end_world, start_world
-    from bigmodel.training.zero.engine import Engine
+    from bigmodel.training.zero.engine import Engine, forget_groups
 
     world, found = start_world(timeout_seconds=60), []
     for table in tables:
+        forget_groups()
         effective, settings = resolve_deepspeed(Settings.model_validate(table), world.size)
         engine = Engine(new_model(settings, effective), settings, effective, world)
         for step in range(2):
@@ -92,7 +96,9 @@ def exchanged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("case", CASES)
 def test_payloads_are_those_of_the_engine(exchanged: tuple[int, dict[str, Any]], case: str) -> None:
     planned, found = exchanged[1][case]
-    sizes = {one.name: one.payload for one in planned}
+    sizes: Counter[str] = Counter()
+    for one in planned:
+        sizes[f"{one.name} {one.among or exchanged[0]}"] += one.payload
     print(f"planned {sizes}, found {found}")
     assert {name for name, size in found.items() if size} == set(sizes)
     for name, size in sizes.items():

@@ -73,6 +73,27 @@ def test_full_checkpointing_adds_a_forward_of_the_blocks_without_their_last_prod
     assert demand.element_bytes > plain.element_bytes  # norms are computed again
 
 
+def test_the_second_copy_of_hpz_keeps_gathers_inside_the_node() -> None:
+    """2 micro-batches: the weights are gathered once over 8 ranks, and once among the 4 of a node."""
+    given = context(stage=3)
+    given.effective["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 4}
+    found = step_time(given)
+    numel = sum(one.numel for one in parameters_of(given.settings, VOCABULARY))
+    width = 4 if given.settings.training.precision == "fp32" else 2
+    link, node = 0.8 * 4 * 50e9, 0.8 * 450e9  # bytes a second: four adapters; NVLink
+    assert found.phases["all_gather weights"] == pytest.approx(width * numel * 7 / 8 / link)
+    assert found.phases["all_gather weights again"] == pytest.approx(width * numel * 3 / 4 / node)
+
+
+def test_experts_move_their_rows() -> None:
+    experts = {"count": 8, "per_token": 2, "width": 64}
+    moved = [
+        step_demand(context(model=MODEL | more)).element_bytes
+        for more in ({"experts": experts}, {"experts": experts, "intermediate_size": 512}, {})
+    ]
+    assert moved[0] == moved[1] > moved[2], "no layer has the dense width"
+
+
 def test_short_documents_have_less_attention() -> None:
     given = context()
     whole, short = (work_of_documents(given.settings, np.array([length])) for length in (256.0, 64.0))
@@ -265,7 +286,7 @@ def test_values_are_short_so_that_names_and_notes_keep_their_columns() -> None:
     """The table never breaks a value."""
     recurrent = context(model={"kind": "lstm", "num_layers": 2, "hidden_size": 64})
     rows = time_part(recurrent, step_time(recurrent, Rates(slowdown=75.3, measured=("one", "two")))).rows
-    assert {"calibrated", "not counted"} <= {row.name for row in rows}
+    assert {"beside these", "not counted"} <= {row.name for row in rows}
     assert [row for row in rows if len(row.value) > 30] == []
 
 

@@ -1,10 +1,12 @@
 """`check accounting`: the books of a run close, and the check is red when they do not."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 
+from bigmodel.__main__ import app
 from bigmodel.checks.audit import audit, torch_agrees
 from bigmodel.checks.runs import check_accounting
 from bigmodel.config.settings import UserError, load_settings
@@ -22,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
     def keep(directory: Path, observed: tuple[float, float] | None = None) -> list:
         kept.mkdir()
-        for name in ("metrics.jsonl", "settings.json"):
+        for name in ("metrics.jsonl", "settings.json", "deepspeed.json", "data_manifest.json"):
             (kept / name).write_bytes((directory / name).read_bytes())
         return audit(directory, observed)
 
@@ -40,6 +42,22 @@ def test_the_books_of_a_killed_and_resumed_run_hold(run: Path) -> None:
     kinds = [line["kind"] for line in read_json_lines(run / "metrics.jsonl")]
     assert kinds.count("start") == 2
     assert all(finding.holds for finding in audit(run))
+
+
+def test_a_plan_is_calibrated_with_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the run itself it plans the median step that was measured; what no run of CPUs says is named as assumed."""
+    words = ["plan", str(run.parent / "run.toml"), "--ranks", "2", "--measured", str(run)]
+    assert not app([*words, "--json"], standalone_mode=False)
+    planned = json.loads(capsys.readouterr().out)["time"]
+    steps = [line for line in read_json_lines(run / "metrics.jsonl") if line["kind"] == "step"]
+    seconds = [one["step_seconds"] - one["data_wait_seconds"] - one["compile_seconds"] for one in steps]
+    assert planned["step_seconds"] == pytest.approx(statistics.median(seconds[len(seconds) // 2 :]), rel=0.01)
+    assert not app(words, standalone_mode=False)
+    first, *printed = capsys.readouterr().out.splitlines()
+    assert "H100 SXM, assumed: [hardware] gpu is not set" in first
+    rates = [line for line in printed if "measured by kept: " in line]
+    assert [line.split("  ")[1] for line in rates] == ["matrix products", "attention", "memory"]
+    assert any("not measured" in line and "memory, links and power are those above" in line for line in printed)
 
 
 def broken(run: Path, tmp_path: Path, change) -> list[str]:
