@@ -44,7 +44,8 @@ def init_weights(
     are the same as without.
 
     With width, deviations of matrices in blocks fall as its root and those of embeddings and head are constant: that is
-    muP's table 8 (Yang et al. 2022), so that model.mup_base_width changes no initial weight.
+    muP's table 8 (Yang et al. 2022), so that model.mup_base_width changes no initial weight but those of a
+    classification head, whose logits are not divided by the width ratio m: matrix / m, matrix inside / sqrt(m).
 
     Each parameter has its own random stream, keyed by seed and name: values depend on neither the order of creation nor
     the number of ranks.
@@ -77,6 +78,8 @@ def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings
         deviation = 0.02
         if settings.position_embedding == "sinusoidal" and "embedding." in name:
             deviation = math.sqrt(1.0 / parameter.shape[1])
+        if settings.classification and name.startswith("head."):
+            deviation /= settings.width_ratio if name == "head.weight" else math.sqrt(settings.width_ratio)
     elif name.endswith(TO_RESIDUAL_STREAM):
         deviation = math.sqrt(1.0 / parameter.shape[-1] / additions)
     else:

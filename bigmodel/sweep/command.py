@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +39,7 @@ from bigmodel.sweep.interval import extrapolation
 from bigmodel.sweep.ladder import Rung, ladder, target_of
 from bigmodel.sweep.law import Fit, Run, fit, form_of
 from bigmodel.sweep.picture import draw
+from bigmodel.system_errors import remedy_for
 
 SHARE = 0.9  # of the interval
 NUMBERS = ("width", "num_layers", "steps", "rate", "parameters", "tokens")  # of a finished rung's file, beside its loss
@@ -90,7 +91,12 @@ def sweep(options: Options) -> int:
     if options.only_print:
         show(console, rungs, target, {})
         return 0
-    (options.out / "runs").mkdir(parents=True, exist_ok=True)
+    try:
+        (options.out / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if remedy_for(error):
+            raise
+        raise UserError(f"--out {options.out}: cannot be made: {error.strerror}; choose another folder") from None
     with open(options.out / "sweep.lock", "a") as held:
         lock(held, str(options.out), "another sweep works on it; wait, or choose another --out")
         table = climbed(options, rungs, target, console)
@@ -170,13 +176,16 @@ def finished(options: Options, rung: Rung, name: str) -> dict[str, Any] | None:
 
 def recorded(file: Path, directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The result in a finished rung's file. Raises `UserError` where it is of other settings, or cannot be read."""
-    done = read_json(file)
+    done: Any = None
+    with suppress(UserError):  # not JSON
+        done = read_json(file)
     is_whole = isinstance(done, dict) and isinstance(done.get("settings"), dict)
     if not (
         is_whole and all(is_number(done.get(name)) for name in NUMBERS) and is_number(done.get("loss"), or_none=True)
     ):
         raise UserError(
-            f"{file}: is not of this version's `bigmodel sweep`; delete it: the run in {directory} is not trained again"
+            f"{file}: not a finished rung of this version's `bigmodel sweep`; delete it: the run in {directory} "
+            "is not trained again"
         )
     for name, then, now in changes(done.pop("settings"), settings):
         if then is not None and now is not None:  # one of them is None where versions have other settings

@@ -124,7 +124,17 @@ def test_a_rung_of_another_version_is_refused(options: Callable[..., Options], w
     given = options([*LOSSES])
     file = finish_all(given)[0]
     write_json(file, json.loads(file.read_text()) | wrong)
-    with pytest.raises(UserError, match=rf"{file}: is not of this version's `bigmodel sweep`; delete it: the run in"):
+    with pytest.raises(UserError, match=rf"{file}: not a finished rung of this version's `bigmodel sweep`; delete it"):
+        sweep(given)
+    file.write_text('{"loss": 4.')
+    with pytest.raises(UserError, match=rf"{file}: not a finished rung of this version's `bigmodel sweep`; delete it"):
+        sweep(given)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(options: Callable[..., Options]) -> None:
+    given = options([*LOSSES])
+    given.out.write_text("a file")
+    with pytest.raises(UserError, match=rf"--out {given.out}: cannot be made: Not a directory; choose another folder"):
         sweep(given)
 
 

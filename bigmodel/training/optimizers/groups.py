@@ -36,7 +36,7 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     groups: dict[tuple[float, float, float, bool, tuple[int, ...], str], list[nn.Parameter]] = {}
     parts = rows_of_parts(model) if settings.joined_matrices == "parts" else {}
     factors = layer_factors([name for name, _ in model.named_parameters()], settings.layer_decay)
-    of_width = width_factor(getattr(model, "settings", None), settings)
+    of_model = getattr(model, "settings", None)
     met: set[str] = set()
     matrices = OPTIMIZERS[settings.kind].matrices
     for name, parameter in model.named_parameters():
@@ -54,7 +54,8 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             penalty = penalty if given.l1_penalty is None else given.l1_penalty
             factor = given.learning_rate_factor
         factor *= factors[name]
-        if len(shape) >= 2 and IN_BLOCKS.match(name) and ".lora." not in name:
+        if len(shape) >= 2:
+            of_width = width_factor(of_model, settings, name)
             factor, decay = factor * of_width, decay / of_width
         shared = getattr(parameter, "group_name", "")
         key = (decay, penalty, factor, as_matrix, parts.get(id(parameter), ()), shared)
@@ -87,13 +88,15 @@ def expert_group(size: int) -> str:
     return f"ep_size_{size}"
 
 
-def width_factor(model: ModelSettings | None, settings: OptimizerSettings) -> float:
-    """muP's factor of the learning rate of matrices in blocks (`model.mup_base_width`); 1 without it.
+def width_factor(model: ModelSettings | None, settings: OptimizerSettings, name: str) -> float:
+    """muP's factor of the learning rate of the matrix `name` (`model.mup_base_width`); 1 without it.
 
     Width ratio m: AdamW, Lion and AdEMAMix change every weight by about the rate, so that an output moves by inputs
-    times rate: 1 / m (Yang et al. 2022, table 8). Muon's updates have a spectral norm of its matrix_scale:
-    match_rms_adamw, which grows as sqrt(m), needs 1 / sqrt(m), original 1 (Yang, Simon & Bernstein 2023: the spectral
-    norm of an update is to be that of sqrt(outputs / inputs)).
+    times rate: 1 / m where the inputs grow with the width (Yang et al. 2022, table 8): matrices of blocks, LoRA's A
+    (Hayou et al. 2024) and the classification head, whose logits are not divided by m. Muon's updates have a spectral
+    norm of its matrix_scale: match_rms_adamw, which grows as sqrt(m), needs 1 / sqrt(m), original 1 (Yang, Simon &
+    Bernstein 2023: the spectral norm of an update is to be that of sqrt(outputs / inputs)); LoRA's A, whose outputs
+    are the rank, another 1 / sqrt(m). LoRA's B has the rank as inputs: 1.
 
     Weight decay is divided by this factor: rate * decay, the share that a step removes, is that of the base, as in
     Yang's `MuAdamW`. Otherwise decay would vanish with width (Wang & Aitchison 2024; Kosson et al. 2025).
@@ -104,6 +107,12 @@ def width_factor(model: ModelSettings | None, settings: OptimizerSettings) -> fl
     assert power is not None, f"optimizer.kind = {settings.kind!r} has no rule for width"
     if settings.kind == "muon" and settings.matrix_scale == "original":
         power = 0.0
+    if name.startswith("head."):  # under Muon, too, AdamW's
+        power = 1.0 if model.classification else 0.0
+    elif not IN_BLOCKS.match(name) or name.endswith(".b.weight"):
+        power = 0.0
+    elif name.endswith(".a.weight") and settings.kind == "muon":
+        power += 0.5
     return float(model.width_ratio**-power)
 
 
