@@ -21,7 +21,7 @@ PHASES = {  # of a step
     "backward": "#56b4e9",
     "optimizer": "#009e73",
     "communication": "#e69f00",
-    "exchange": "#f0e442",
+    "exchange": "#005555",
     "data": "#d55e00",
     "compile": "#cc79a7",
     "rest": "#b6bac2",
