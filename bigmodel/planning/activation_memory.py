@@ -67,15 +67,16 @@ def activation_parts(settings: Settings, vocabulary: int, packs: int, teacher: T
     peak, the gradients that it computes; "activations" are the rest."""
     model, kind = settings.model, settings.training.activation_checkpointing
     side = _Side.of_target(settings, packs)
+    rows = vocabulary // settings.training.tensor_parallel_ranks  # of the output matrix on a rank
     stacks = [side.decoder(kind)]
     source = _Side.of_source(settings, packs)
     if source and not model.is_recurrent:
         stacks.append(source.stack([source.block()] * source.model.num_layers, kind))
     of_sources = source.states_and_gradient() if source else 0
-    others = model.num_mtp_modules * (side.last_norm() + 2 * side.states() + side.matrix_gradient(vocabulary))
+    others = model.num_mtp_modules * (side.last_norm() + 2 * side.states() + side.matrix_gradient(rows))
     twice = side.states() if kind != "none" and side.is_input_held_twice else 0
     again = stacks[0].again - twice
-    head = side.head(vocabulary) + (side.tokens * teacher.model.hidden_size * teacher.low if teacher else 0)
+    head = side.head(rows) + (side.tokens * teacher.model.hidden_size * teacher.low if teacher else 0)
     moments = [
         others + side.last_norm() + side.states() + head,
         others + side.states() + side.norm_backward(),
@@ -97,12 +98,9 @@ def activation_parts(settings: Settings, vocabulary: int, packs: int, teacher: T
 
 
 def _gathered(settings: Settings, side: "_Side") -> int:
-    """Of tensor-parallel ranks: the positions of the others, in the inputs of a block's two first products, and in the
-    head with their gradient. Recomputed blocks have one at a time."""
-    others = settings.training.tensor_parallel_ranks - 1
-    blocks = settings.model.num_layers + settings.model.num_mtp_modules
-    held = blocks if settings.training.activation_checkpointing == "none" else 1
-    return others * side.states() * (2 * held + 2)
+    """Of tensor-parallel ranks: the positions of the others, in the inputs of the two first products of one block, and
+    in the head with their gradient."""
+    return 4 * (settings.training.tensor_parallel_ranks - 1) * side.states()
 
 
 @dataclass(frozen=True)

@@ -190,12 +190,13 @@ def _expert_rows_bytes(settings: Settings, work: Work) -> float:
 
 
 def _tensor_bytes(settings: Settings, work: Work) -> float:
-    """Over all ranks: each block gathers the states twice and adds them up twice, forward and backward, once more
-    forward where anything is recomputed; embedding and head once each way (Korthikanti et al. 2022)."""
+    """Over all ranks: each block gathers the states twice and adds them up twice, forward and backward; in the backward
+    it gathers them again, or does all of the forward where anything is recomputed; embedding and head once each way
+    (Korthikanti et al. 2022)."""
     size = settings.training.tensor_parallel_ranks
-    passes = 2 if settings.training.activation_checkpointing == "none" else 3
+    times = 8 + (2 if settings.training.activation_checkpointing == "none" else 4)
     states = bytes_of(settings.training.precision) * settings.model.hidden_size * work.positions
-    return states * (size - 1) * (4 * passes * num_blocks(settings.model) + 4)
+    return states * (size - 1) * (times * num_blocks(settings.model) + 4)
 
 
 def _sequence_bytes(context: "Context", work: Work) -> float:

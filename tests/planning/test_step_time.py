@@ -210,13 +210,14 @@ def test_ulysses_exchanges_heads() -> None:
 
 
 def test_tensor_parallel_ranks_gather_states_and_add_them_up() -> None:
-    """4 of 8 ranks: twice a gather and a sum in each of 2 blocks and passes, once each way in embedding and head."""
+    """4 of 8 ranks: twice a gather and a sum in each of 2 blocks and passes, 2 gathers again in each; once each way in
+    embedding and head."""
     given = context(training={"tensor_parallel_ranks": 4})
     demand, states = step_demand(given), 2 * 64 * 16 * 256
-    assert demand.tensor_bytes == states * 3 * (4 * 2 * 2 + 4) / 8
+    assert demand.tensor_bytes == states * 3 * ((8 + 2) * 2 + 4) / 8
     assert demand.micro_batches == 4 * step_demand(context()).micro_batches
     again = step_demand(with_settings(given, activation_checkpointing="full"))
-    assert again.tensor_bytes == states * 3 * (4 * 3 * 2 + 4) / 8
+    assert again.tensor_bytes == states * 3 * ((8 + 4) * 2 + 4) / 8
     matrices = 2 * BLOCK + 64 * VOCABULARY
     exchanged = {f"{one.name} {one.purpose}": one for one in demand.collectives}
     held = exchanged["all_reduce gradients of matrices"]

@@ -614,7 +614,8 @@ def _share(model: Any, settings: Settings, world: World, phases: Phases) -> Expe
         shared = ExpertParallel(model, training.expert_parallel_ranks, world.rank, phases)
         name, what = "expert_parallel_ranks", "expert"
     elif training.tensor_parallel_ranks > 1:
-        shared = TensorParallel(model, training.tensor_parallel_ranks, world.rank, phases)
+        recomputes = training.activation_checkpointing != "none"
+        shared = TensorParallel(model, training.tensor_parallel_ranks, world.rank, phases, recomputes)
         name, what = "tensor_parallel_ranks", "shared matrix"
     if shared is None:
         return None

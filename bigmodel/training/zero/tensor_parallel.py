@@ -11,7 +11,8 @@ as always. The gradient of a shared matrix is whole on its rank; of norms and of
 has the share of its positions. DeepSpeed adds up and divides by all ranks, for shared matrices over the ranks that hold
 the same part, as for experts (bigmodel/training/zero/expert_parallel.py). Sums over the sharing ranks are in fp32, in
 the order of ranks. Costs per layer and pass: 2 gathers and 2 sums, each of the hidden states of a micro-batch, (n - 1)
-/ n of them to other ranks; the same once for the embedding and once for the head.
+/ n of them to other ranks; the same once for the embedding and once for the head. What was gathered is not kept for the
+backward but gathered again, 2 gathers a layer; with activation checkpointing the recomputation does that.
 
 Example: n = 2, 8 positions, hidden_size 64, 4 heads of 16 channels, vocabulary 100. Rank 1 has positions 4 to 7, heads
 2 and 3 and tokens 50 to 99. Its query matrix is (32, 64): it gathers (8, 64), multiplies to 2 heads of all positions,
@@ -29,6 +30,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,9 +51,11 @@ class TensorParallel:
     slices: of the parameters that ranks share, by name.
     """
 
-    def __init__(self, model: Transformer, size: int, rank: int, phases: Phases) -> None:
-        """Raises `UserError` where the vocabulary cannot be divided."""
+    def __init__(self, model: Transformer, size: int, rank: int, phases: Phases, recomputes: bool = False) -> None:
+        """`recomputes`: blocks are, by activation checkpointing. Raises `UserError` where the vocabulary cannot be
+        divided."""
         self.size, self.rank, self._phases, self._model = size, rank % size, phases, model
+        self._first_product = _first_product if recomputes else _first_product_gathered_again
         self.slices: dict[str, Slice] = {}
         self.parameters: list[nn.Parameter] = []
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -88,10 +92,10 @@ class TensorParallel:
                 module.num_heads //= self.size
                 module.num_kv_heads //= self.size
                 module.first_head += self.rank * module.num_heads
-                _put_before(module.query_key_value, _first_product, ranks)
+                _put_before(module.query_key_value, self._first_product, ranks)
                 _put_before(module.output, _second_product, ranks)
             elif isinstance(module, FeedForward):
-                _put_before(module.gate_up if module.is_gated else module.up, _first_product, ranks)
+                _put_before(module.gate_up if module.is_gated else module.up, self._first_product, ranks)
                 _put_before(module.down, _second_product, ranks)
 
     def in_turn(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
@@ -135,6 +139,21 @@ def _put_before(linear: Linear, forward: Any, ranks: SharingRanks) -> None:
 def _first_product(linear: Linear, ranks: SharingRanks, x_PH: Tensor) -> Tensor:
     """This rank's outputs for all positions."""
     return linear.product(Gather.apply(x_PH, ranks))
+
+
+def _first_product_gathered_again(linear: Linear, ranks: SharingRanks, x_PH: Tensor) -> Tensor:
+    """The same, without all positions in memory until the backward."""
+    x_TH, own_PH = Gather.apply(x_PH, ranks), x_PH.detach()
+    gathered = x_TH.data_ptr(), x_TH.shape  # not the tensor: autograd holds the functions below
+
+    def keep(saved: Tensor) -> Tensor:
+        return own_PH if (saved.data_ptr(), saved.shape) == gathered else saved
+
+    def find(kept: Tensor) -> Tensor:
+        return ranks.gather(own_PH) if kept is own_PH else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, find):
+        return linear.product(x_TH)
 
 
 def _second_product(linear: Linear, ranks: SharingRanks, x_T: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import Settings, UserError
-from bigmodel.data.load.batch import tensors_of
-from bigmodel.distributed.world import end_world, start_world
+from bigmodel.data.load.batch import Batch, tensors_of
+from bigmodel.distributed.world import World, end_world, start_world
 from bigmodel.generation.prompts import pack
+from bigmodel.inspect.memory import LiveBytes
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.planning.parameters import held_of, parameters_of
@@ -171,7 +172,19 @@ def evaluate_other_batches(table: dict[str, Any]) -> None:
     model.train()
     sums = world.sum_([float(model(odd))])
     assert sums[0] == pytest.approx(float(new_model(alone)(odd)), rel=1e-6)
+    others = 2 * 2 * 12 * 32 * 4  # 2 first products of 2 blocks, positions of the other rank, channels, bytes
+    assert live_bytes(alone, world, batch, recomputes=True) - live_bytes(alone, world, batch) == others
     end_world()
+
+
+def live_bytes(settings: Settings, world: World, batch: Batch, recomputes: bool = False) -> int:
+    """What a forward pass keeps for the backward."""
+    model = new_model(settings)
+    TensorParallel(model, 2, world.rank, Phases(world.device), recomputes).connect(None)
+    with LiveBytes() as bytes_:
+        loss = model(batch)
+        assert loss.requires_grad
+        return bytes_.live
 
 
 def test_each_rank_evaluates_its_own_batches_of_any_length(tmp_path: Path) -> None:
