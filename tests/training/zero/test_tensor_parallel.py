@@ -30,6 +30,8 @@ MODEL = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 4, 
 MODEL |= {"vocabulary_multiple": 4, "attention_dropout": 0.1, "embedding_dropout": 0.05, "stochastic_depth": 0.1}
 SHARED_KEYS = MODEL | {"num_kv_heads": 2, "qk_norm": True, "norm_placement": "sandwich"}
 BIASED = MODEL | {"attention_bias": "all", "feed_forward_bias": True, "norm": "layer", "num_mtp_modules": 1}
+BERT = MODEL | {"position_embedding": "learned", "max_positions": 64, "embedding_norm": True, "norm_placement": "post"}
+BERT |= {"norm": "layer", "attention_bias": "all", "feed_forward_bias": True, "gated": False, "num_token_types": 2}
 T5 = MODEL | {"gated": False, "position_embedding": "relative_bias", "logit_softcap": 5.0}
 FULL, SELECTIVE = ({"activation_checkpointing": kind} for kind in ("full", "selective"))
 SMOOTHED = {"z_loss": 0.01, "label_smoothing": 0.1}
@@ -41,7 +43,7 @@ EXACT: dict[int, dict[str, Case]] = {
         "biases": (2, 1, 2, {"model": BIASED, "training": SMOOTHED | SELECTIVE, "clipping": 0.1}),
         "relative bias": (2, 2, 3, {"model": T5, "training": FULL, "clipping": 0.1}),
         "muon": (2, 2, 1, {"model": SHARED_KEYS, "optimizer": {"kind": "muon"}, "tied": True}),
-        "muon, ZeRO 0": (2, 0, 3, {"model": BIASED, "optimizer": {"kind": "muon"}}),
+        "muon, ZeRO 0": (2, 0, 3, {"model": BERT, "optimizer": {"kind": "muon"}}),
     },
     4: {
         "of 2": (2, 1, 1, {"training": {"freeze": ["blocks.0.attention", "embedding"]}}),
