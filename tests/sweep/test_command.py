@@ -44,6 +44,7 @@ def test_a_rung_is_trained_and_not_repeated(options: Callable[..., Options], cap
     assert 4 < rung["loss"] < 8
     assert (out / "sweep.png").exists()
     said = capfd.readouterr().out
+    assert "rungs of 1 layer, target of 2: one layer cannot continue a repetition" in said
     assert "1 rung: a law needs 3, and 4 to give an interval" in said
     assert "no law: it needs 3 finished sizes" in said
     log = out / "runs" / f"layers-1-width-16-steps-{rung['steps']}-rate-0.01.log"
@@ -129,6 +130,15 @@ def test_a_rung_of_another_version_is_refused(options: Callable[..., Options], w
     file.write_text('{"loss": 4.')
     with pytest.raises(UserError, match=rf"{file}: not a finished rung of this version's `bigmodel sweep`; delete it"):
         sweep(given)
+
+
+def test_one_sweep_at_a_time_works_on_a_folder(options: Callable[..., Options]) -> None:
+    given = options([*LOSSES])
+    given.out.mkdir()
+    with open(given.out / "sweep.lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=rf"{given.out}: another sweep works on it; wait, or choose another --out"):
+            sweep(given)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(options: Callable[..., Options]) -> None:
