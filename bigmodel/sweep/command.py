@@ -141,8 +141,8 @@ def remarks(settings: Settings, rungs: Sequence[Rung]) -> list[str]:
     layers = settings.model.num_layers
     if layers > 1 and any(rung.num_layers == 1 for rung in rungs):
         said.append(
-            f"rungs of 1 layer, target of {layers}: one layer cannot continue a repetition (Olsson et al. 2022), so that "
-            "their losses lie on another curve; use --fixed-depth, or wider rungs"
+            f"rungs of 1 layer, target of {layers}: one layer cannot continue a repetition (Olsson et al. 2022), so "
+            "that their losses lie on another curve; use --fixed-depth, or wider rungs"
         )
     if len(rungs) < 3:
         said.append(f"{counted_noun(len(rungs), 'rung')}: a law needs 3, and 4 to give an interval")
