@@ -21,7 +21,7 @@ import numpy as np
 from bigmodel.config.layer_kinds import layer_kind
 from bigmodel.config.settings import ModelSettings
 
-CHUNKS_PER_RANK = 4  # at most; each run is a call of attention. 2, 4, 8: the most work is 1.23, 1.05, 1.03 of the mean
+CHUNKS_PER_RANK = 4  # at most; each run is a call of attention. On real packs the most work is 1.10 of the mean or less
 
 
 def share_positions(cu_seqlens: np.ndarray, settings: ModelSettings, num_ranks: int) -> list[list[range]]:
