@@ -35,9 +35,10 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     Several ranks add in another order."""
     settings = agree(load_settings(run_file, overrides))
     training = settings.training
-    sharing = training.ranks_per_sequence
-    several = max(2, training.sharing_ranks)
-    # Ranks that share a packed sequence multiply fewer rows at once; below fp64 the products may round differently.
+    sharing = training.sharing_ranks
+    several = max(2, sharing)
+    # Ranks that share a packed sequence multiply fewer rows at once, those that share experts more rows of an expert;
+    # below fp64 the products may round differently.
     slack = 1 if sharing == 1 or training.precision == "fp32" else 1000
     on_cpu = torch.cuda.device_count() < several  # each rank needs a GPU; a GPU is not compared with a CPU
     with scratch_folder() as scratch:
@@ -118,7 +119,8 @@ def short_run(settings: Settings, directory: Path, steps: int, every: int) -> li
         f"checkpoint.every_steps={every}",
         "checkpoint.remote=",
         "checkpoint.hours_between_failures=0",
-        "evaluation.every_steps=0",
+        # Not 0 where settings need evaluations; none comes before the end.
+        f"evaluation.every_steps={steps + 1 if settings.evaluation.every_steps else 0}",
         "evaluation.at_end=false",
         "metrics.port=0",
         "metrics.writers=[]",

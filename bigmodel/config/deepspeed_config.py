@@ -301,12 +301,18 @@ def _refuse_shared_parameters(
             f"training.expert_parallel_ranks = {size} does not divide the {counted_noun(world_size, 'rank')}; choose a "
             "divisor"
         )
-    if zero["stage"] == 3:
-        what = "experts" if kind == "expert" else "parts of matrices"
+    if zero["stage"] == 3 and kind == "tensor":
         source.problem(
-            f"zero_optimization.stage = 3 with training.{kind}_parallel_ranks = {size}: ZeRO 3 would partition each "
-            f"rank's {what} over all ranks, which hold other ones; use stage 2, or {kind}_parallel_ranks = 1"
+            f"zero_optimization.stage = 3 with training.tensor_parallel_ranks = {size}: ZeRO 3 would partition each "
+            "rank's parts of matrices over all ranks, which hold other ones; use stage 2, or tensor_parallel_ranks = 1"
         )
+    for name in ZEROPP:
+        value = zero.get(name) or 0
+        if value is True or value > 1:
+            source.problem(
+                f"zero_optimization.{name} = {json.dumps(value)} with training.{kind}_parallel_ranks = {size}: "
+                f"DeepSpeed {VERSION} has no such partition of shared parameters; remove the key"
+            )
     for name in ("reduce_scatter", "contiguous_gradients"):
         if zero.get(name) is False:
             source.problem(

@@ -47,13 +47,13 @@ def remedies(settings: Settings, effective: dict[str, Any], plan: Plan, ranks: i
     }
     of_state = {
         f'"zero_optimization": {{"stage": {zero["stage"] + 1}}} in the DeepSpeed JSON': zero["stage"]
-        < (2 if settings.training.shares_parameters else 3)
+        < (2 if settings.training.tensor_parallel_ranks > 1 else 3)
         and ranks > 1,
         '"zero_optimization": {"offload_optimizer": {"device": "cpu"}}': device == "cuda" and not plan.host,
         f'training.precision = "bf16" (now "{precision}")': precision == "fp32" and device == "cuda",
         'optimizer.kind = "adafactor" (smaller moments)': settings.optimizer.kind in ("adamw", "ademamix"),
         f"training.expert_parallel_ranks = {2 * shared} (now {shared})": settings.model.experts is not None
-        and not (settings.model.experts.count % (2 * shared) or ranks % (2 * shared) or zero["stage"] == 3),
+        and not (settings.model.experts.count % (2 * shared) or ranks % (2 * shared)),
         f"more ranks (now {ranks})": zero["stage"] > 0,
     }
     of_host = {

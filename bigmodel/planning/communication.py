@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bigmodel.config.settings import Settings
-from bigmodel.planning.parameters import Parameter, shared_of
+from bigmodel.planning.parameters import Parameter, held_of, shared_of
 from bigmodel.planning.state_memory import LOW, WIDE, bytes_of
 
 # DeepSpeed's defaults of stage3_param_persistence_threshold, stage3_max_live_parameters and stage3_max_reuse_distance.
@@ -52,35 +52,40 @@ def collectives(
     parameters: Sequence[Parameter], settings: Settings, effective: dict[str, Any], ranks: int, micro_batches: int
 ) -> list[Collective]:
     """Exchanges of a step of `micro_batches` micro-batches on each of `ranks` ranks, without sequence parallelism."""
+    if ranks == 1:
+        return []
+    training, shared = settings.training, {one.name for one in shared_of(parameters, settings)}
+    held = held_of(parameters, settings)
+    among = ranks // (training.expert_parallel_ranks * training.tensor_parallel_ranks)
+    found = _of_stage([one for one in held if one.name not in shared], settings, effective, ranks, micro_batches)
+    if among > 1:  # else no other rank holds what is shared
+        whose = " of matrices" if training.tensor_parallel_ranks > 1 else " of experts"
+        of_shared = _of_stage([one for one in held if one.name in shared], settings, effective, among, micro_batches)
+        found += [one._replace(purpose=one.purpose + whose, among=among) for one in of_shared]
+    return [one for one in found if one.payload]
+
+
+def _of_stage(
+    parameters: Sequence[Parameter], settings: Settings, effective: dict[str, Any], ranks: int, micro_batches: int
+) -> list[Collective]:
+    """Exchanges of what all of these ranks hold."""
     zero, low = effective["zero_optimization"], bytes_of(settings.training.precision)
     summed = WIDE if effective.get("communication_data_type", "fp32") == "fp32" else LOW
     trained = sum(one.numel for one in parameters if one.is_trained)
-    if ranks == 1:
-        return []
     if zero["stage"] < 3:
-        times, training = micro_batches if zero["stage"] == 2 else 1, settings.training
-        size = training.expert_parallel_ranks * training.tensor_parallel_ranks
-        shared = sum(one.numel for one in shared_of(parameters, settings) if one.is_trained)
-        of_shared = " of matrices" if training.tensor_parallel_ranks > 1 else " of experts"
-        found = []
-        for numel, whose, among in ((trained - shared, "", 0), (shared // size, of_shared, ranks // size)):
-            if numel and among != 1:  # 1: no other rank holds them
-                found.append(Collective("all_reduce", f"gradients{whose}", summed * numel * times, among))
-                if zero["stage"]:
-                    found.append(Collective("all_gather", f"new weights{whose}", low * numel, among))
-        return found
+        sums = Collective("all_reduce", "gradients", summed * trained * (micro_batches if zero["stage"] == 2 else 1))
+        return [sums, Collective("all_gather", "new weights", low * trained)] if zero["stage"] else [sums]
     persists = float(zero.get("stage3_param_persistence_threshold", PERSISTENCE))
     parted = sum(one.numel for one in parameters if one.numel >= persists)
     whole = sum(one.numel for one in parameters if one.numel < persists)
     again = _gathered_again(parameters, zero, parted, settings.training.activation_checkpointing != "none")
     gathered, size = (parted + again) * micro_batches, min(zero.get("zero_hpz_partition_size", 1), ranks)
     inside = gathered - parted if size > 1 else 0
-    found = [
+    return [
         Collective("all_gather", "weights", low * (gathered - inside + whole)),
         Collective("all_gather", "weights again", low * inside, size, are_neighbours=True),
         Collective("reduce_scatter", "gradients", summed * trained * micro_batches),
     ]
-    return [one for one in found if one.payload]
 
 
 def _gathered_again(parameters: Sequence[Parameter], zero: dict[str, Any], parted: int, recomputes: bool) -> int:

@@ -44,7 +44,8 @@ def state_plan(parameters: Sequence[Parameter], settings: Settings, effective: d
         "moments": moment_bytes(everything if stage else parameters, settings.optimizer, ranks if stage else 1),
         "average of weights": WIDE * share if settings.training.ema_decay else 0,
     }
-    device = {"weights": width * (math.ceil(numel / ranks) if stage == 3 else numel)}
+    of_all = sum(one.numel for one in everything)
+    device = {"weights": width * (math.ceil(of_all / ranks) if stage == 3 else numel)}
     host: dict[str, int] = {}
     if stage == 3:
         hpz = zero.get("zero_hpz_partition_size", 1)

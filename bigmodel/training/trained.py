@@ -76,7 +76,7 @@ def parameter_rank(parameter: nn.Parameter) -> int:
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Of the whole: ZeRO 3 partitions parameters, ranks share experts."""
-    return getattr(parameter, "ds_shape", getattr(parameter, "whole_shape", parameter.shape))
+    return getattr(parameter, "whole_shape", getattr(parameter, "ds_shape", parameter.shape))
 
 
 def matching(pattern: str, names: Sequence[str]) -> list[str]:

@@ -195,8 +195,10 @@ def test_ranks_that_share_experts_divide_all_and_partition_them_among_themselves
     effective, _ = resolve(tmp_path, {"zero_optimization": {"stage": 2}}, 4, **sections)
     assert effective["gradient_accumulation_steps"] == 2, "each has sequences of its own"
     assert "expert_parallel_ranks = 2 does not divide the 3 ranks; choose" in refusal(tmp_path, {}, 3, **sections)
-    words = refusal(tmp_path, {"zero_optimization": {"stage": 3}}, 4, **sections)
-    assert "zero_optimization.stage = 3 with training.expert_parallel_ranks = 2" in words
+    resolve(tmp_path, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}}, 4, **sections)
+    for name, value in (("zero_hpz_partition_size", "2"), ("zero_quantized_gradients", "true")):
+        words = refusal(tmp_path, {"zero_optimization": {"stage": 3, name: json.loads(value)}}, 4, **sections)
+        assert f"zero_optimization.{name} = {value} with training.expert_parallel_ranks = 2" in words
     for name in ("reduce_scatter", "contiguous_gradients"):
         words = refusal(tmp_path, {"zero_optimization": {"stage": 2, name: False}}, 4, **sections)
         assert f"zero_optimization.{name} = false with training.expert_parallel_ranks = 2" in words

@@ -106,7 +106,9 @@ def test_ranks_that_share_experts_hold_a_part_of_them() -> None:
     assert one["weights"] - four["weights"] == 2 * of_experts * 3 // 4
     assert one["gradients"] - four["gradients"] == (4 + 2) * of_experts * 3 // 4
     assert (four["masters"], four["moments"]) == (one["masters"], one["moments"])
-    assert "ZeRO 3" not in stages_of(shared)
+    parts = [memory_of(stages_of(one)["ZeRO 3"]).device for one in (alone, shared)]
+    assert parts[1]["weights"] == parts[0]["weights"], "of all ranks together every expert once"
+    assert parts[0]["gathered weights"] - parts[1]["gathered weights"] == 2 * of_experts * 3 // 4
     assert four["framework"] > one["framework"]
 
 

@@ -259,6 +259,10 @@ def test_shared_experts_exchange_rows_and_are_summed_where_they_are_held() -> No
     assert found.sent_bytes["all_to_all expert parallel"] == demand.expert_rows_bytes
     alone = step_demand(context(nodes=1, model=model, training={"expert_parallel_ranks": 4})).collectives
     assert [one.purpose for one in alone] == ["gradients", "new weights"], "no other rank holds them"
+    given.effective["zero_optimization"]["stage"] = 3
+    exchanged = {one.purpose: one for one in step_demand(given).collectives}
+    assert (exchanged["weights of experts"].payload, exchanged["weights of experts"].among) == (2 * experts // 4, 2)
+    assert exchanged["gradients of experts"].payload == 4 * experts // 4 * step_demand(given).micro_batches
 
 
 def test_the_run_has_its_ramp() -> None:

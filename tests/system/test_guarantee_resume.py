@@ -158,3 +158,14 @@ def test_a_check_keeps_away_from_the_run_and_its_store(tmp_path: Path) -> None:
     assert (settings.checkpoint.remote, settings.checkpoint.hours_between_failures) == ("", 0.0)
     assert (settings.metrics.port, settings.metrics.writers) == (0, [])
     assert num_ranks(settings) == 4
+
+
+def test_a_check_takes_runs_that_are_evaluated(tmp_path: Path) -> None:
+    """Its short runs are not; settings without effect, or that need evaluations, would end them."""
+    (tmp_path / "best.toml").write_text(
+        "[evaluation]\nevery_steps = 5\n[checkpoint]\nkeep_best = 'loss'\n[training]\nearly_stop = { patience = 2 }\n"
+    )
+    for run_file in [*Path("configs").glob("tiny*.toml"), tmp_path / "best.toml"]:
+        evaluation = load_settings(run_file, short_run(load_settings(run_file), tmp_path / "check", 10, 4)).evaluation
+        assert not evaluation.at_end
+        assert evaluation.every_steps > 10

@@ -43,7 +43,7 @@ from bigmodel.training.optimizers.table import OPTIMIZERS, STEP
 from bigmodel.training.slices import Place, Slice, parts_of
 from bigmodel.training.zero.context_parallel import sequence_of
 from bigmodel.training.zero.examine import first_nonfinite, squared_gradients
-from bigmodel.training.zero.expert_parallel import ExpertParallel, made_whole
+from bigmodel.training.zero.expert_parallel import ExpertParallel, cut, made_whole
 from bigmodel.training.zero.held_zeros import HeldZeros
 from bigmodel.training.zero.layouts import ParameterShard, layout_of
 from bigmodel.training.zero.mmap_state import MappedFiles
@@ -590,17 +590,42 @@ def creation(effective: dict[str, Any], sharing: int = 1) -> Iterator[Callable[[
         deepspeed = import_deepspeed()
         _refuse_quantization_without_kernels(effective)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
-        context = deepspeed.zero.Init(config_dict_or_path=for_deepspeed(effective))
+        context = _partitioning(sharing)(config_dict_or_path=for_deepspeed(effective))
     with context:
-        yield _made_whole
+        yield partial(_made_whole, sharing)
+
+
+def _partitioning(sharing: int) -> Any:
+    """DeepSpeed's `Init`. Where ranks share experts, it partitions these over the ranks that hold the same ones, by
+    the marks that stage 3 reads."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    if sharing == 1:
+        return Init
+    name, rank = expert_group(sharing), dist.get_rank()
+    groups._create_expert_and_data_parallel(sharing)
+
+    class SharedInit(Init):
+        def _post_init_method(self, module: nn.Module) -> None:
+            for parameter in module.parameters(recurse=False):
+                if getattr(parameter, "is_of_experts", False):
+                    cut(parameter, sharing, rank % sharing)
+                    parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(name)
+                    parameter.ds_zero_placement_family = "autoep_expert"
+                    parameter.ds_zero_partition_group_name = name
+            super()._post_init_method(module)
+
+    return SharedInit
 
 
 @contextlib.contextmanager
-def _made_whole(parameter: Any) -> Iterator[None]:
+def _made_whole(sharing: int, parameter: Any) -> Iterator[None]:
     """Gather a partitioned parameter; afterwards each rank keeps its share of the new values."""
     parameter.all_gather()
     try:
-        yield
+        with made_whole(parameter, sharing, dist.get_rank()) if sharing > 1 else contextlib.nullcontext():
+            yield
     finally:
         parameter.partition(has_been_updated=True)
 
@@ -660,7 +685,8 @@ def _initialize(
         from deepspeed.runtime.config import DeepSpeedConfigError
         from pydantic import ValidationError
 
-        if shared:
+        marked = shared is not None and effective["zero_optimization"]["stage"] < 3  # stage 3 reads the parameters
+        if shared and marked:
             _mark(model, shared.size)
         try:
             engine, *_ = deepspeed.initialize(
@@ -684,8 +710,9 @@ def _initialize(
                 f"training.precision = {settings.training.precision}: this device does not support it; use fp32, or "
                 "bf16 where supported"
             ) from None
-        if shared:
+        if marked:
             delattr(model, MARK)
+        if shared:
             shared.connect(deepspeed.utils.groups._get_expert_parallel_group(expert_group(shared.size)))
     return engine
 

@@ -2,8 +2,8 @@
 
 In: the model and the number of consecutive ranks that share, n (`training.expert_parallel_ranks`). Each of them keeps
 one n-th of each layer's experts. A layer sends its rows, which lie sorted by expert, to the ranks of their experts,
-sorts what it got, multiplies, and sends the results back. Ranks that hold the same experts are n apart; ZeRO 1 and 2
-partition the state of these over them.
+sorts what it got, multiplies, and sends the results back. Ranks that hold the same experts are n apart; ZeRO
+partitions what it partitions of these over them.
 Guarantee: the loss and gradient of one rank. No row is dropped, and a row's result depends on its own values alone. An
 expert's gradient has the rows of all n ranks; DeepSpeed adds it over the ranks that hold the expert and divides by all
 ranks, as every other gradient. Costs per layer and pass: 2 exchanges of rows, (n - 1) / n of them to other ranks; in
@@ -48,7 +48,7 @@ class ExpertParallel:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for layer in self._layers:
             for parameter in (layer.gate_up, layer.down):
-                _cut(parameter, size, self.rank)
+                cut(parameter, size, self.rank)
                 self.slices[names[id(parameter)]] = Slice.of_rows(_whole_shape(parameter), size, self.rank)
                 self.parameters.append(parameter)
 
@@ -73,11 +73,11 @@ def made_whole(parameter: nn.Parameter, size: int, rank: int) -> Iterator[None]:
     try:
         yield
     finally:
-        _cut(parameter, size, rank % size)
+        cut(parameter, size, rank % size)
 
 
-def _cut(parameter: nn.Parameter, size: int, rank: int) -> None:
-    """Keep a part, unless that is done."""
+def cut(parameter: nn.Parameter, size: int, rank: int) -> None:
+    """Keep the part of the rank among the `size` sharing ones, unless that is done."""
     shape = parameter.whole_shape = _whole_shape(parameter)
     if len(parameter) == shape[0]:
         parameter.data = parameter.data.chunk(size)[rank].clone()
