@@ -48,6 +48,7 @@ TITLES = {
     "sharing": "Ulysses: ranks that share a pack",
     "tensors": "tensor parallel: ranks that share matrices",
     "gathering": "gathered keys: ranks that share a pack",
+    "sharing_experts": "ranks that share experts",
 }
 NOT_RUN = {
     "NCCL, any GPU": "no GPU was at hand; the same code, gloo on CPUs was run",
@@ -69,7 +70,7 @@ REFUSED = {
 
 
 def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
-    """The cases of one world size; four ranks serve hpZ, shared packed sequences and shared matrices."""
+    """The cases of one world size; four ranks serve hpZ, shared packed sequences, matrices and experts."""
     from tests.support.exactness import can_share_matrices, everything, pairwise
 
     if quick:
@@ -81,12 +82,15 @@ def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
         cases = list(first.values())
     plain = [case for case in cases if case["offload"] == "none"]
     few = plain[:4] if quick else plain
-    shared = [case | {"sharing": ranks} for ranks in (2, 4) if ranks <= world_size for case in few]
+    sizes = [ranks for ranks in (2, 4) if ranks <= world_size]
+    shared = [case | {"sharing": ranks} for ranks in sizes for case in few]
     divided = [case | {"tensors": 2} for case in cases if world_size > 1 and can_share_matrices(case)]
     shared += divided[:4] if quick else divided
     # Of experts the rounding of one process in fp32, the oracle, is nearly the bound: tests hold them against float64.
-    dense = [case for case in few if case.get("experts", "none") == "none"]
-    shared += [case | {"gathering": ranks} for ranks in (2, 4) if ranks <= world_size for case in dense]
+    dense = [case for case in few if case["experts"] == "none"]
+    shared += [case | {"gathering": ranks} for ranks in sizes for case in dense]
+    sparse = [case for case in cases if case["experts"] != "none"]
+    shared += [case | {"sharing_experts": ranks} for ranks in sizes for case in (sparse[:4] if quick else sparse)]
     if world_size == 4:
         return [*shared, *(case | {"hpz": 2} for case in plain if case["stage"] == 3)]
     return [*cases, *shared]
@@ -95,16 +99,14 @@ def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
 def run_batch(cases: list[dict[str, Any]], world_size: int, folder: Path) -> list[dict[str, Any]]:
     """Rows: the case, its differences from the oracle with their bounds, the failures. `folder` keeps the oracles."""
     from tests.support.engine_worker import launch
-    from tests.support.exactness import differences, failures, job_of, with_sequence
+    from tests.support.exactness import differences, failures, job_of, with_sequence, with_shared_experts
 
-    jobs = [
-        with_sequence(
-            job_of(case, folder, **({"zero_hpz_partition_size": case["hpz"]} if "hpz" in case else {})),
-            case.get("sharing") or case.get("gathering", 1),
-            "all_gather" if "gathering" in case else "ulysses",
-        )
-        for case in cases
-    ]
+    jobs = []
+    for case in cases:
+        job = job_of(case, folder, **({"zero_hpz_partition_size": case["hpz"]} if "hpz" in case else {}))
+        method = "all_gather" if "gathering" in case else "ulysses"
+        job = with_sequence(job, case.get("sharing") or case.get("gathering", 1), method)
+        jobs.append(with_shared_experts(job, case.get("sharing_experts", 1)))
     outcome = launch(jobs, world_size, folder, timeout_seconds=60.0 * len(jobs))
     results = [job | one for job, one in zip(jobs, outcome, strict=True)]
     return [

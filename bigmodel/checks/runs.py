@@ -35,10 +35,9 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     Several ranks add in another order."""
     settings = agree(load_settings(run_file, overrides))
     training = settings.training
-    sharing = training.sharing_ranks
-    several = max(2, sharing)
-    # Ranks that share a packed sequence multiply fewer rows at once, those that share experts more rows of an expert;
-    # below fp64 the products may round differently.
+    sharing = training.sequence_parallel_ranks
+    several = max(2, training.sharing_ranks)
+    # Ranks that share a packed sequence multiply fewer rows at once; below fp64 the products may round differently.
     slack = 1 if sharing == 1 or training.precision == "fp32" else 1000
     on_cpu = torch.cuda.device_count() < several  # each rank needs a GPU; a GPU is not compared with a CPU
     with scratch_folder() as scratch:

@@ -5,7 +5,7 @@ approach 3:
 
     L(N, D) = E + A / N^a + B / D^b,   C = 6 N D
 
-with N all parameters and D the tokens of the run; nats per label. The constants are the corrected ones of Besiroglu et
+with N all parameters, of experts those that a token passes, and D the tokens of the run; nats per label. The constants are the corrected ones of Besiroglu et
 al. 2024 (arXiv 2404.10102); those that Hoffmann et al. printed contradict their own approaches 1 and 2. Least L at a
 given C is where a A / N^a = b B / D^b. Limits: the constants are those of decoders on MassiveText with its tokenizer:
 they say how to divide compute, not what the loss will be, which only a law of the user's own runs predicts.
@@ -102,7 +102,10 @@ def law_of(table: Mapping[str, Any]) -> Law:
 
 def size_of(settings: Settings, vocabulary: int) -> tuple[int, int]:
     """Parameters, as in the law, and tokens of the run. `vocabulary`: rows of the embedding."""
-    parameters = sum(one.numel for one in parameters_of(settings, vocabulary))
+    experts = settings.model.experts
+    unused = 1 - experts.per_token / experts.count if experts else 0.0
+    sizes = ((one.numel, unused if one.is_of_experts else 0.0) for one in parameters_of(settings, vocabulary))
+    parameters = sum(numel - round(numel * share) for numel, share in sizes)
     return parameters, positions_before(settings.training.steps, settings)
 
 
@@ -112,7 +115,7 @@ def scaling_part(context: Context, law: Law | None = None) -> Part:
     parameters, tokens = size_of(settings, context.vocabulary)
     numbers: dict[str, Any] = {"parameters": parameters, "tokens": tokens, "tokens_per_parameter": tokens / parameters}
     rows = [
-        Row("parameters", _short(parameters)),
+        Row("parameters", _short(parameters), "that a token passes" if settings.model.experts else ""),
         Row("tokens", _short(tokens), "training.steps, padding included"),
         Row("tokens per parameter", f"{tokens / parameters:.3g}"),
     ]

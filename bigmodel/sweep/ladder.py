@@ -12,7 +12,8 @@ it. Rule of a rung of width w beside a target of width W and L layers:
     warm-up and decay   the share of the run that they have in the target
 
 Batch, sequence length, optimizer and learning rate stay: with `model.mup_base_width` one rate fits all widths.
-Parameters are all parameters, tokens are positions, padding included, as in `bigmodel.planning.scaling`.
+Parameters are all parameters, of experts those that a token passes; tokens are positions, padding included, as in
+`bigmodel.planning.scaling`.
 """
 
 import json

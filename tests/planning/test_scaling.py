@@ -31,6 +31,14 @@ def test_the_optimum_is_where_no_division_of_the_compute_is_better() -> None:
     assert all(CHINCHILLA.loss(70e9 * factor, tokens / factor) > least for factor in (0.9, 1.1))
 
 
+def test_of_experts_those_count_that_a_token_passes() -> None:
+    """Mixtral 8x7B: 46,702,792,704 parameters, of which each token uses 12.9 B (Jiang et al. 2024)."""
+    mixtral = {"num_kv_heads": 8, "intermediate_size": 14_336, "experts": {"count": 8, "per_token": 2}}
+    _, rows, numbers = scaling_part(context(mixtral))
+    assert numbers["parameters"] == 46_702_792_704 - 32 * 6 * 3 * 4096 * 14_336 == 12_879_925_248
+    assert rows[0].note == "that a token passes"
+
+
 def test_over_training_of_llama_2() -> None:
     _, rows, numbers = scaling_part(context({}))
     assert numbers["parameters"] == 6_738_415_616
