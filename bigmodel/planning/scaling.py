@@ -5,10 +5,11 @@ approach 3:
 
     L(N, D) = E + A / N^a + B / D^b,   C = 6 N D
 
-with N all parameters, of experts those that a token passes, and D the tokens of the run; nats per label. The constants are the corrected ones of Besiroglu et
-al. 2024 (arXiv 2404.10102); those that Hoffmann et al. printed contradict their own approaches 1 and 2. Least L at a
-given C is where a A / N^a = b B / D^b. Limits: the constants are those of decoders on MassiveText with its tokenizer:
-they say how to divide compute, not what the loss will be, which only a law of the user's own runs predicts.
+with N all parameters, of experts those that a token passes, and D the tokens of the run; nats per label. The constants
+are the corrected ones of Besiroglu et al. 2024 (arXiv 2404.10102); those that Hoffmann et al. printed contradict their
+own approaches 1 and 2. Least L at a given C is where a A / N^a = b B / D^b. Limits: the constants are those of decoders
+on MassiveText with its tokenizer: they say how to divide compute, not what the loss will be, which only a law of the
+user's own runs predicts.
 
 Example: 70e9 parameters are optimal with 1.29e12 tokens, 18.4 each; Chinchilla had 1.4e12.
 """
