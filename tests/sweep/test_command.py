@@ -144,7 +144,7 @@ def test_one_sweep_at_a_time_works_on_a_folder(options: Callable[..., Options]) 
 def test_a_folder_that_cannot_be_made_is_refused(options: Callable[..., Options]) -> None:
     given = options([*LOSSES])
     given.out.write_text("a file")
-    with pytest.raises(UserError, match=rf"--out {given.out}: cannot be made: Not a directory; choose another folder"):
+    with pytest.raises(UserError, match=rf"--out {given.out}: {given.out} is a file; choose another folder"):
         sweep(given)
 
 

@@ -359,4 +359,4 @@ def test_the_variants_of_the_project_are_sound(file: Path, tmp_path: Path, capsy
     jobs = list_jobs(Path(__file__).parents[2] / words[0], tmp_path, [], file, False, "1", [])
     assert require_sound(jobs, ranks=1) == jobs
     assert capsys.readouterr().out == ""
-    assert len(jobs) > 5
+    assert len(jobs) > 2

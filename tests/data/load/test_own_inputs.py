@@ -110,13 +110,19 @@ def test_schedules_are_those_of_the_paper(schedule: str) -> None:
     assert 0 <= settings.share_at(10**7) <= 1
 
 
+NO_SOURCE = {"source_sequence_length": 0}
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [
         ({"data": {"masked_decoder_share": 0.1}}, "with data.masked_decoder_share = 0.1: the input after a prediction"),
         ({"data": {"dropped_decoder_share": 0.1}}, "with data.dropped_decoder_share = 0.1"),
         ({"data": {"objectives": [{"kind": "causal", "ahead": 2}]}}, "with ahead above 1 in data.objectives"),
-        ({"training": {"sequence_parallel_ranks": 2}}, "with training.sequence_parallel_ranks = 2"),
+        (
+            {"model": {"kind": "decoder"}, "data": NO_SOURCE, "training": {"sequence_parallel_ranks": 2}},
+            "with training.sequence_parallel_ranks = 2",
+        ),
         ({"distillation": {"teacher": "runs/a"}}, "with distillation.teacher: the teacher would read other inputs"),
         (
             {"model": {"kind": "lstm_encoder_decoder", "num_layers": 1}},
