@@ -32,7 +32,7 @@ from bigmodel.config.lora_settings import LoraSettings as LoraSettings
 from bigmodel.config.measures import MEASURES
 from bigmodel.config.model_settings import ModelSettings as ModelSettings
 from bigmodel.config.model_settings import RopeScalingSettings as RopeScalingSettings
-from bigmodel.config.parallel_settings import problem_of_tensor_parallel
+from bigmodel.config.parallel_settings import problem_of_sharing, problem_of_tensor_parallel
 from bigmodel.config.pruning_settings import PruningSettings as PruningSettings
 from bigmodel.config.pruning_settings import problem_of_pruning, with_end_of_pruning
 from bigmodel.config.recurrent_settings import problem_beside_recurrent
@@ -46,7 +46,6 @@ from bigmodel.config.sections import Section as Section
 from bigmodel.config.sections import UserError as UserError
 from bigmodel.config.sections import explain as explain
 from bigmodel.config.sections import without_secrets as without_secrets
-from bigmodel.config.sharing_settings import problem_of_sharing
 from bigmodel.config.spike_settings import SpikeSettings as SpikeSettings
 from bigmodel.config.start_folder import completed
 from bigmodel.data.objectives.table import OBJECTIVES

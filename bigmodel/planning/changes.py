@@ -10,8 +10,8 @@ from itertools import product
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from bigmodel.config.deepspeed_config import packs_per_micro_batch
+from bigmodel.config.parallel_settings import problem_of_sharing
 from bigmodel.config.settings import Settings, num_micro_batches
-from bigmodel.config.sharing_settings import problem_of_sharing
 from bigmodel.planning.context import Context
 from bigmodel.planning.memory import at_stage, memory_of
 from bigmodel.planning.state_memory import is_offloaded

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bigmodel.config.parallel_settings import LATER, PREFIXED
 from bigmodel.config.settings import Settings, UserError
-from bigmodel.config.sharing_settings import LATER, PREFIXED
 from bigmodel.data.load.batch import Batch
 from bigmodel.data.plan.position_sharing import share_positions
 from bigmodel.distributed.world import World
