@@ -220,7 +220,7 @@ _RECOMPUTE = "training.activation_checkpointing in the run file turns recomputat
 ACTIVATIONS = {
     "": ours(OBJECT, f"turns nothing on, as in DeepSpeed; {_RECOMPUTE}"),
     "partition_activations": refused(
-        f"remove the key; there are no tensor-parallel ranks to split them over. {_RECOMPUTE}"
+        f"remove the key; training.tensor_parallel_ranks splits them over its ranks anyway. {_RECOMPUTE}"
     ),
     "cpu_checkpointing": refused(f"remove the key; activations are not moved to the CPU: {_RECOMPUTE}"),
     "contiguous_memory_optimization": refused(f"remove the key; it needs partition_activations. {_RECOMPUTE}"),
