@@ -59,7 +59,7 @@ def mask_text(batch: Batch, mask: MaskMatrix) -> list[str]:
     shares = _mean_of_cells(_mean_of_cells(seen_QK, num_queries / (2 * tokens), 0), num_keys / tokens, 1)
     marks = np.ceil(shares * 3 - 1e-9).astype(int) + (shares > 1 - 1e-9)
     lines = ["|" + "".join(SHADES[mark] for mark in line) + "|" for line in marks]
-    return [f"{mask.name} (down: queries, across: keys; a mark is {2 * tokens:.4g} x {tokens:.4g})", *lines]
+    return [f"{mask.name} (down: queries, across: keys; a mark is {2 * tokens:.4g} x {tokens:.4g} tokens)", *lines]
 
 
 def _mean_of_cells(values: np.ndarray, cells: float, axis: int) -> np.ndarray:

@@ -187,7 +187,7 @@ def test_the_mask_in_the_terminal_is_this_picture() -> None:
     batch = batch_of([[text(7), text(3)]], DataSettings(max_document_length=16, sequence_length=16, max_documents=3))
     mask = mask_matrices(batch, ModelSettings(sliding_window=3))[0]
     assert mask_text(batch, mask) == [
-        "decoder: window of 3 (down: queries, across: keys; a mark is 2 x 1)",
+        "decoder: window of 3 (down: queries, across: keys; a mark is 2 x 1 tokens)",
         "|█▒              |",
         "|▒██▒            |",
         "|  ▒██▒          |",
