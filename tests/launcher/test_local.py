@@ -254,7 +254,10 @@ def test_only_this_launch_s_lines_of_a_log_are_shown(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [2, 3])
 def test_user_errors_and_stops_are_passed_through(tmp_path: Path, status: int) -> None:
-    code, _, errors = Launch(tmp_path, f"sys.exit({status})").end()
+    # Rank 0 ends by itself, even where rank 1 was quicker and rank 0 is asked to end before.
+    then = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n(here / f'deaf-{rank}').touch()\n"
+    then += f"while rank == 1 and not (here / 'deaf-0').exists(): time.sleep(0.01)\nsys.exit({status})"
+    code, _, errors = Launch(tmp_path, then, grace_seconds=60.0).end()
     assert (code, errors) == (status, "")
 
 
