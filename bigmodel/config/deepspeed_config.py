@@ -301,11 +301,6 @@ def _refuse_shared_parameters(
             f"training.expert_parallel_ranks = {size} does not divide the {counted_noun(world_size, 'rank')}; choose a "
             "divisor"
         )
-    if zero["stage"] == 3 and kind == "tensor":
-        source.problem(
-            f"zero_optimization.stage = 3 with training.tensor_parallel_ranks = {size}: ZeRO 3 would partition each "
-            "rank's parts of matrices over all ranks, which hold other ones; use stage 2, or tensor_parallel_ranks = 1"
-        )
     for name in ZEROPP:
         value = zero.get(name) or 0
         if value is True or value > 1:

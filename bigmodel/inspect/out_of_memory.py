@@ -46,9 +46,7 @@ def remedies(settings: Settings, effective: dict[str, Any], plan: Plan, ranks: i
         f"a smaller data.sequence_length (now {settings.data.sequence_length})": True,
     }
     of_state = {
-        f'"zero_optimization": {{"stage": {zero["stage"] + 1}}} in the DeepSpeed JSON': zero["stage"]
-        < (2 if settings.training.tensor_parallel_ranks > 1 else 3)
-        and ranks > 1,
+        f'"zero_optimization": {{"stage": {zero["stage"] + 1}}} in the DeepSpeed JSON': zero["stage"] < 3 and ranks > 1,
         '"zero_optimization": {"offload_optimizer": {"device": "cpu"}}': device == "cuda" and not plan.host,
         f'training.precision = "bf16" (now "{precision}")': precision == "fp32" and device == "cuda",
         'optimizer.kind = "adafactor" (smaller moments)': settings.optimizer.kind in ("adamw", "ademamix"),

@@ -137,7 +137,7 @@ def _clashes(context: Context, choice: Choice) -> bool:
     needs_fp32 = choice.stage == 0 and (settings.training.precision != "fp32" or choice.offloads)
     if choice.stage not in row.stages or (choice.offloads and "cpu" not in row.offloads) or needs_fp32:
         return True
-    if choice.stage == 3 and (settings.training.compile or settings.training.tensor_parallel_ranks > 1):
+    if choice.stage == 3 and settings.training.compile:
         return True
     return choice.sharing > 1 and not _can_share(settings, choice.sharing, context.cluster.ranks_on_node)
 

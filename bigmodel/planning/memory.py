@@ -73,7 +73,7 @@ def stages_of(context: Context) -> dict[str, Context]:
         offered = stage > 1 and "cpu" in row.offloads if offloads else stage > 0 or precision == "fp32"
         if (stage, offloads) == own:
             found[f"{name} (yours)"] = context
-        elif offered and not (stage == 3 and context.settings.training.tensor_parallel_ranks > 1):
+        elif offered:
             found[name] = at_stage(context, stage, offloads)
     return found
 

@@ -67,7 +67,10 @@ def test_the_ranks_of_a_run_are_whole_groups() -> None:
 @pytest.mark.parametrize(
     ("zero", "said"),
     [
-        ({"stage": 3}, "ZeRO 3 would partition each rank's parts of matrices over all ranks"),
+        (
+            {"stage": 3, "zero_hpz_partition_size": 2},
+            "zero_optimization.zero_hpz_partition_size = 2 with training.tensor_parallel_ranks = 4",
+        ),
         ({"reduce_scatter": False}, "zero_optimization.reduce_scatter = false with training.tensor_parallel_ranks = 4"),
     ],
 )

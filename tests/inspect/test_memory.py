@@ -32,6 +32,7 @@ OTHERS: dict[str, dict[str, Any]] = {  # sections of the run file
     "shared sequences": {"training": {"sequence_parallel_ranks": 2}},
     "experts": {"model": MODEL | {"experts": EXPERTS}},
     "shared experts": {"model": MODEL | {"experts": EXPERTS}, "training": {"expert_parallel_ranks": 2}},
+    "shared matrices": {"model": MODEL | {"vocabulary_multiple": 2}, "training": {"tensor_parallel_ranks": 2}},
 }
 CASES += [(stage, "bf16", name) for name in OTHERS for stage in (1, 3) if (stage, name) != (3, "shared experts")]
 CASES += [(stage, precision, "shared experts") for stage, precision in ((0, "fp32"), (2, "bf16"))]
@@ -74,7 +75,7 @@ def measure(tables: list[dict[str, Any]], folder: Path) -> None:
         held: list[list[int]] = []
         for step in range(3):
             held.append([])
-            shards = settings.training.sequence_parallel_ranks
+            shards = settings.training.sharing_ranks
             batches = micro_batches_of(step, world.rank // shards, world.size // shards, 1)
             for batch in batches:
                 engine.micro_batch(batch, num_targets_of(step), batch is batches[-1])

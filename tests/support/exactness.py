@@ -60,7 +60,7 @@ def valid(case: Case) -> bool:
 
 def can_share_matrices(case: Case) -> bool:
     """Whether tensor-parallel ranks may train it (bigmodel/config/parallel_settings.py)."""
-    return case["stage"] < 3 and case["experts"] == "none" and case["optimizer"] != "adafactor"
+    return case["experts"] == "none" and case["optimizer"] != "adafactor"
 
 
 def everything() -> list[Case]:

@@ -86,11 +86,12 @@ class Engine:
         self.updates = 0
         self._parameters = dict(model.named_parameters())
         self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
-        self._shared = _share(model, settings, world, self.phases)
+        stage = effective["zero_optimization"]["stage"]
+        self._shared = _share(model, settings, stage, world, self.phases)
         self._tensors = self._shared if isinstance(self._shared, TensorParallel) else None
         self._slices: dict[str, Slice] = self._shared.slices if self._shared else {}
         self._shapes |= {name: one.shape for name, one in self._slices.items()}
-        wrap_blocks(model, settings, effective["zero_optimization"]["stage"])
+        wrap_blocks(model, settings, stage)
         self._optimizer = build_optimizer(model, settings.optimizer)
         states = {
             id(parameter): states_of(settings.optimizer, group)
@@ -603,7 +604,7 @@ def _partitioning(sharing: int) -> Any:
 
     if sharing == 1:
         return Init
-    name, rank = expert_group(sharing), dist.get_rank()
+    rank = dist.get_rank()
     groups._create_expert_and_data_parallel(sharing)
 
     class SharedInit(Init):
@@ -611,12 +612,36 @@ def _partitioning(sharing: int) -> Any:
             for parameter in module.parameters(recurse=False):
                 if getattr(parameter, "is_of_experts", False):
                     cut(parameter, sharing, rank % sharing)
-                    parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(name)
-                    parameter.ds_zero_placement_family = "autoep_expert"
-                    parameter.ds_zero_partition_group_name = name
+                    _mark_part(parameter, sharing)
             super()._post_init_method(module)
 
     return SharedInit
+
+
+def _mark_part(parameter: Any, sharing: int) -> None:
+    """By these marks stage 3 partitions it over the ranks that hold the same part."""
+    from deepspeed.utils import groups
+
+    name = expert_group(sharing)
+    parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(name)
+    parameter.ds_zero_placement_family = "autoep_expert"
+    parameter.ds_zero_partition_group_name = name
+
+
+@contextlib.contextmanager
+def _cut_at_stage_3(sharing: int, parameter: Any) -> Iterator[None]:
+    """Gather a parameter that is to be cut inside; then partition this rank's part over the ranks that hold it."""
+    is_partitioned = hasattr(parameter, "ds_id")
+    if is_partitioned:
+        parameter.all_gather()
+    yield
+    _mark_part(parameter, sharing)
+    if is_partitioned:
+        group = parameter.ds_process_group = parameter.ds_zero_partition_process_group
+        parameter.ds_zero_partition_rank = dist.get_rank(group)
+        parameter.ds_zero_partition_world_size = dist.get_world_size(group)
+        parameter.ds_shape, parameter.ds_numel, parameter.ds_tensor = parameter.shape, parameter.numel(), None
+        parameter.partition(has_been_updated=True)
 
 
 @contextlib.contextmanager
@@ -630,7 +655,9 @@ def _made_whole(sharing: int, parameter: Any) -> Iterator[None]:
         parameter.partition(has_been_updated=True)
 
 
-def _share(model: Any, settings: Settings, world: World, phases: Phases) -> ExpertParallel | TensorParallel | None:
+def _share(
+    model: Any, settings: Settings, stage: int, world: World, phases: Phases
+) -> ExpertParallel | TensorParallel | None:
     """Keep this rank's experts, or parts of matrices, where ranks share them, and mark them as what DeepSpeed calls
     experts. Raises `UserError` where all are frozen: DeepSpeed would see no expert to train."""
     training = settings.training
@@ -640,7 +667,12 @@ def _share(model: Any, settings: Settings, world: World, phases: Phases) -> Expe
         name, what = "expert_parallel_ranks", "expert"
     elif training.tensor_parallel_ranks > 1:
         recomputes = training.activation_checkpointing != "none"
-        shared = TensorParallel(model, training.tensor_parallel_ranks, world.rank, phases, recomputes)
+        size = training.tensor_parallel_ranks
+        if stage == 3:
+            _make_groups(size)
+            shared = TensorParallel(model, size, world.rank, phases, recomputes, partial(_cut_at_stage_3, size))
+        else:
+            shared = TensorParallel(model, size, world.rank, phases, recomputes)
         name, what = "tensor_parallel_ranks", "shared matrix"
     if shared is None:
         return None
@@ -652,6 +684,14 @@ def _share(model: Any, settings: Settings, world: World, phases: Phases) -> Expe
     for parameter in shared.parameters:
         parameter.allreduce, parameter.group_name = False, expert_group(shared.size)
     return shared
+
+
+def _make_groups(size: int) -> None:
+    """DeepSpeed's, of `size` neighbours, and of ranks that far apart."""
+    with _quiet():
+        deepspeed = import_deepspeed()
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
+        deepspeed.utils.groups._create_expert_and_data_parallel(size)
 
 
 def _mark(model: nn.Module, size: int) -> None:

@@ -27,6 +27,7 @@ Letters: T positions, P positions of a rank, N ranks, H hidden_size, V vocabular
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -51,9 +52,18 @@ class TensorParallel:
     slices: of the parameters that ranks share, by name.
     """
 
-    def __init__(self, model: Transformer, size: int, rank: int, phases: Phases, recomputes: bool = False) -> None:
-        """`recomputes`: blocks are, by activation checkpointing. Raises `UserError` where the vocabulary cannot be
-        divided."""
+    def __init__(
+        self,
+        model: Transformer,
+        size: int,
+        rank: int,
+        phases: Phases,
+        recomputes: bool = False,
+        whole: Callable[[nn.Parameter], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> None:
+        """`recomputes`: blocks are, by activation checkpointing. `whole`: a parameter is whole inside. Raises
+        `UserError` where the vocabulary cannot be divided."""
+        self._whole = whole
         self.size, self.rank, self._phases, self._model = size, rank % size, phases, model
         self._first_product = _first_product if recomputes else _first_product_gathered_again
         self.slices: dict[str, Slice] = {}
@@ -116,13 +126,15 @@ class TensorParallel:
             self._cut_rows(linear.bias, linear.parts)
 
     def _cut_rows(self, parameter: nn.Parameter, parts: Sequence[int] = ()) -> None:
-        rows, *across = parameter.shape
-        mine = Slice.of_rows(parameter.shape, self.size, self.rank, parts)
-        self._cut(parameter, mine, (rows // self.size, *across))
+        with self._whole(parameter):
+            rows, *across = parameter.shape
+            mine = Slice.of_rows(parameter.shape, self.size, self.rank, parts)
+            self._cut(parameter, mine, (rows // self.size, *across))
 
     def _cut_columns(self, parameter: nn.Parameter) -> None:
-        rows, columns = parameter.shape
-        self._cut(parameter, Slice.of_columns(parameter.shape, self.size, self.rank), (rows, columns // self.size))
+        with self._whole(parameter):
+            rows, columns = parameter.shape
+            self._cut(parameter, Slice.of_columns(parameter.shape, self.size, self.rank), (rows, columns // self.size))
 
     def _cut(self, parameter: nn.Parameter, mine: Slice, shape: tuple[int, ...]) -> None:
         name = self._names[id(parameter)]
@@ -142,18 +154,25 @@ def _first_product(linear: Linear, ranks: SharingRanks, x_PH: Tensor) -> Tensor:
 
 
 def _first_product_gathered_again(linear: Linear, ranks: SharingRanks, x_PH: Tensor) -> Tensor:
-    """The same, without all positions in memory until the backward."""
+    """The same, without all positions in memory until the backward; of weights, ZeRO 3 frees what is gathered."""
     x_TH, own_PH = Gather.apply(x_PH, ranks), x_PH.detach()
-    gathered = x_TH.data_ptr(), x_TH.shape  # not the tensor: autograd holds the functions below
+    gathered = _place(x_TH)  # not the tensor: autograd holds the functions below
+    weights = {_place(one): one for one in linear.parameters()}
 
     def keep(saved: Tensor) -> Tensor:
-        return own_PH if (saved.data_ptr(), saved.shape) == gathered else saved
+        place = _place(saved)
+        return own_PH if place == gathered else weights.get(place, saved)
 
     def find(kept: Tensor) -> Tensor:
-        return ranks.gather(own_PH) if kept is own_PH else kept
+        return ranks.gather(own_PH) if kept is own_PH else kept.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, find):
         return linear.product(x_TH)
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Equal for two views of the same elements in the same order: a square matrix's transpose differs by strides."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _second_product(linear: Linear, ranks: SharingRanks, x_T: Tensor) -> Tensor:

@@ -43,17 +43,28 @@ EXACT: dict[int, dict[str, Case]] = {
         "biases": (2, 1, 2, {"model": BIASED, "training": SMOOTHED | SELECTIVE, "clipping": 0.1}),
         "relative bias": (2, 2, 3, {"model": T5, "training": FULL, "clipping": 0.1}),
         "muon": (2, 2, 1, {"model": SHARED_KEYS, "optimizer": {"kind": "muon"}, "tied": True}),
+        "ZeRO 3": (2, 3, 1, {"model": BIASED, "training": SMOOTHED, "tied": True, "clipping": 0.1}),
+        "ZeRO 3, recomputed": (2, 3, 2, {"model": T5, "training": FULL}),
         "muon, ZeRO 0": (2, 0, 3, {"model": BERT, "optimizer": {"kind": "muon"}}),
     },
     4: {
         "of 2": (2, 1, 1, {"training": {"freeze": ["blocks.0.attention", "embedding"]}}),
         "of 4": (4, 2, 3, {"model": MODEL | {"num_mtp_modules": 1}, "training": {"ema_decay": 0.9}}),
+        "of 2, ZeRO 3": (
+            2,
+            3,
+            1,
+            {"model": SHARED_KEYS, "optimizer": {"kind": "muon"}, "training": {"ema_decay": 0.9}},
+        ),
+        "of 2, ZeRO 3, frozen": (2, 3, 1, {"training": SELECTIVE | {"freeze": ["blocks.0.attention", "embedding"]}}),
+        "of 4, ZeRO 3": (4, 3, 3, {"tied": True}),
         "of 4, ZeRO 0": (4, 0, 1, {"tied": True}),
     },
 }
 LOW: list[dict[str, Any]] = [
     {"stage": 1, "precision": "bf16", "tied": True},
     {"stage": 2, "precision": "fp16", "offload": "optimizer to cpu", "tied": False},
+    {"stage": 3, "precision": "bf16", "offload": "optimizer and weights to cpu", "tied": True},
 ]
 
 
@@ -90,10 +101,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             "whole": moving(folder, 2, 1, save_at=2),
             "again": moving(folder, 2, 1, resume=True),
             "wider": moving(folder, 4, 0, steps=2, resume=True),
+            "whole, ZeRO 3": moving(folder, 2, 3, resume=True, save_at=3),
+            "again, ZeRO 3": moving(folder, 2, 3, resume=True),
         },
-        2: {"to 2": moving(folder, 1, 2, resume=True, save_at=3)}
-        | {f"2 ranks: {one['precision']}": low_precision(folder, **one) for one in LOW},
-        1: {"to 1": moving(folder, 1, 1, resume=True)},
+        2: {"to 2": moving(folder, 1, 2, steps=5, resume=True, save_at=4)}
+        | {f"2 ranks: {one['precision']}, {one['stage']}": low_precision(folder, **one) for one in LOW},
+        1: {"to 1": moving(folder, 1, 1, steps=5, resume=True)},
     }
     for ranks, others in more.items():
         jobs = {f"{ranks} ranks: {name}": job_of(folder, *case) for name, case in EXACT.get(ranks, {}).items()}
@@ -121,20 +134,23 @@ def test_evaluation_during_training_is_whole(results: Jobs) -> None:
     assert ours["training"]
 
 
-def test_tensor_parallel_ranks_resume_bitwise(results: Jobs) -> None:
-    whole, again = results["whole"], results["again"]
-    assert again["first"] == 2
+@pytest.mark.parametrize("stage", ["", ", ZeRO 3"])
+def test_tensor_parallel_ranks_resume_bitwise(results: Jobs, stage: str) -> None:
+    whole, again = results[f"whole{stage}"], results[f"again{stage}"]
+    assert again["first"] == (3 if stage else 2)
     assert again["loaded"] == whole["saved"]
-    assert again["losses"] == whole["losses"][2:]
+    assert again["losses"] == whole["losses"][-len(again["losses"]) :]
     assert again["digest"] == whole["digest"] != whole["saved"]
 
 
 def test_a_checkpoint_goes_on_at_any_number_of_ranks_degree_and_stage(results: Jobs) -> None:
-    saved = results["whole"]["saved"]
-    assert results["wider"]["loaded"] == results["to 2"]["loaded"] == saved
-    assert results["to 1"]["first"] == 3
+    whole, at_3 = results["whole"], results["whole, ZeRO 3"]
+    assert results["wider"]["loaded"] == at_3["loaded"] == whole["saved"]
+    assert at_3["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
+    assert results["to 2"]["loaded"] == at_3["saved"]
+    assert results["to 1"]["first"] == 4
     assert results["to 1"]["loaded"] == results["to 2"]["saved"]
-    assert results["to 1"]["losses"][-1] == pytest.approx(results["whole"]["losses"][-1], rel=1e-5)
+    assert results["to 1"]["losses"][-1] == pytest.approx(results["to 2"]["losses"][-1], rel=1e-5)
 
 
 @pytest.mark.parametrize("model", [SHARED_KEYS, BIASED, T5], ids=["shared keys", "biased", "t5"])
