@@ -79,7 +79,7 @@ def prepare(
     device: of plain torch in the run's precision. Raises `UserError` for a run that cannot be compared.
     """
     settings = agree(load_settings(run_file, overrides))
-    effective, by_stage = _resolve(settings, ranks, folder), _by_stage(settings, ranks, folder)
+    effective, by_stage = resolve(settings, ranks, folder), _by_stage(settings, ranks, folder)
     _refuse(run_file, settings, [effective, *by_stage.values()], ranks, device)
     steps = min(STEPS, settings.training.steps)
     wide = _Plain(settings, effective, "cpu", True, steps, say)
@@ -179,11 +179,11 @@ def _by_stage(settings: Settings, ranks: int, folder: Path) -> dict[str, Effecti
     found = {}
     for stage in range(3 if settings.training.compile else 4):
         with contextlib.suppress(UserError):
-            found[str(stage)] = _resolve(settings, ranks, folder, stage)
+            found[str(stage)] = resolve(settings, ranks, folder, stage)
     return found
 
 
-def _resolve(settings: Settings, ranks: int, folder: Path, stage: int | None = None) -> Effective:
+def resolve(settings: Settings, ranks: int, folder: Path, stage: int | None = None) -> Effective:
     """The configuration on this number of ranks, which may be written for more: without the sizes that depend on it.
 
     stage: instead of the run's own; keys that only ZeRO 3 has are left out below.

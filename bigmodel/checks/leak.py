@@ -1,9 +1,11 @@
 """Leak check: a document cannot influence the outputs, loss or gradients of another one in its packed sequence.
 
 In: a packed sequence of the user's data. Costs a few model steps on it, and each of its documents alone, in float64
-on the CPU.
+on the CPU; where ranks share packed sequences, matrices or experts, also a start of these ranks
+(`bigmodel/checks/leak_rank.py`).
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,18 +16,22 @@ import torch
 from torch import Tensor
 
 from bigmodel.checks.audit import Finding
+from bigmodel.checks.exact import resolve
+from bigmodel.checks.runs import finish, started
+from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.deepspeed_config import agree
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.data.load.alone import Place, alone
 from bigmodel.data.load.batch import IGNORED, Batch, real_documents
 from bigmodel.data.load.stream import Builder
-from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.shuffle import Pack
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.model.init import init_weights
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.transformer import Transformer
+from bigmodel.planning.context import vocabulary_of
+from bigmodel.run_directory import write_json
 
 SAME = 1e-9  # relative, in float64: the order of sums differs
 
@@ -33,20 +39,38 @@ SAME = 1e-9  # relative, in float64: the order of sums differs
 def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Edit each document of a packed sequence with at least two documents of the user's data."""
     settings = agree(load_settings(run_file, overrides))
-    store = ShardStore.of_run(settings.data, "train")
-    pack = _pack_of_several(settings, store)
-    model = build_model(settings.model, store.manifest.vocabulary + num_special_tokens(settings.data))
+    batch = first_batch(settings)
+    model = build_model(settings.model, vocabulary_of(settings))
     init_weights(model, settings.run.seed)
-    by_document = settings.model.draws_by_document
-    batch = Builder(store, settings.data, settings.run.seed, seeds_by_document=by_document).build([pack], 0, [0])
+    on_ranks = _on_ranks(run_file, overrides, settings) if settings.training.sharing_ranks > 1 else []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
     if settings.model.experts:
-        return [*isolation(model.double(), batch), *packed_equals_single(model, batch)]
+        return [*isolation(model.double(), batch), *packed_equals_single(model, batch), *on_ranks]
     return [
         *isolation(model.to(device, precision), batch.to(device)),
         *packed_equals_single(model.cpu().double(), batch),
+        *on_ranks,
     ]
+
+
+def _on_ranks(run_file: Path, overrides: Sequence[str], settings: Settings) -> list[Finding]:
+    """Findings of ranks that share packed sequences, matrices or experts."""
+    ranks = settings.training.sharing_ranks
+    on_cpu = torch.cuda.device_count() < ranks
+    with scratch_folder() as folder:
+        write_json(folder / "job.json", [str(run_file), list(overrides), resolve(settings, ranks, folder)])
+        with started(["-m", "bigmodel.checks.leak_rank", str(folder)], ranks, folder, on_cpu) as processes:
+            finish(processes, folder)
+        return [Finding(*one) for one in json.loads((folder / "report.json").read_text(encoding="utf-8"))]
+
+
+def first_batch(settings: Settings) -> Batch:
+    """The first packed sequence of the run in which two documents have labels. The same on every rank."""
+    store = ShardStore.of_run(settings.data, "train")
+    by_document = settings.model.draws_by_document
+    builder = Builder(store, settings.data, settings.run.seed, seeds_by_document=by_document)
+    return builder.build([_pack_of_several(settings, store)], 0, [0])
 
 
 def _pack_of_several(settings: Settings, store: ShardStore) -> Pack:
@@ -117,15 +141,16 @@ class _Edit(NamedTuple):
     reached_itself: bool  # gradient of the other document's loss at its own embeddings
 
 
-def _edit(model: Transformer, batch: Batch, edited: Place, other: Place) -> _Edit:
-    before, after = (_losses_and_gradients(model, one, other) for one in (batch, _edited(model, batch, edited)))
+def _edit(model: Transformer, batch: Batch, place: Place, other: Place) -> _Edit:
+    changed = edited(model.embedding.num_embeddings, batch, place)
+    before, after = (_losses_and_gradients(model, one, other) for one in (batch, changed))
     others_T = torch.ones(len(batch.tokens), dtype=torch.bool, device=batch.tokens.device)
-    others_T[edited.targets] = False
+    others_T[place.targets] = False
     same = _same_within_rounding if model.settings.experts else _same_bits
-    sides = list(zip(before.inputs, edited[1:], other[1:], strict=False))
+    sides = list(zip(before.inputs, place[1:], other[1:], strict=False))
     own = [gradient[its] for gradient, _, its in sides if its.start < its.stop]  # empty without a source
     return _Edit(
-        moved=float((before.losses[edited.targets] - after.losses[edited.targets]).abs().max()),
+        moved=float((before.losses[place.targets] - after.losses[place.targets]).abs().max()),
         num_others=int(others_T.sum()),
         same_losses=same([before.losses[others_T]], [after.losses[others_T]]),
         same_gradients=same(before.parameters, after.parameters) and any(bool(one.any()) for one in before.parameters),
@@ -142,14 +167,14 @@ def _same_within_rounding(found: Sequence[Tensor], expected: Sequence[Tensor]) -
     return _difference(found, expected) < SAME
 
 
-def _edited(model: Transformer, batch: Batch, place: Place) -> Batch:
-    """The batch with every token of a document changed; labels stay."""
+def edited(vocabulary: int, batch: Batch, place: Place) -> Batch:
+    """The batch with every token of a document changed; labels stay. vocabulary: rows of the embedding."""
     tokens = batch.tokens.clone()
-    tokens[place.targets] = (tokens[place.targets] + 1) % model.embedding.num_embeddings
+    tokens[place.targets] = (tokens[place.targets] + 1) % vocabulary
     if batch.source is None:
         return replace(batch, tokens=tokens)
     source = batch.source.tokens.clone()
-    source[place.source] = (source[place.source] + 1) % model.embedding.num_embeddings
+    source[place.source] = (source[place.source] + 1) % vocabulary
     return replace(batch, tokens=tokens, source=replace(batch.source, tokens=source))
 
 
