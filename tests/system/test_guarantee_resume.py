@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,24 @@ from bigmodel.training.checkpoint import format as checkpoint
 from tests.support.ranks import finish, kill, run_ranks, start_ranks
 from tests.support.tiny_run import write_run
 
-CASES = [(stage, precision, "") for stage in (1, 3) for precision in ("fp32", "bf16")]
-CASES += [(1, "bf16", "bias"), (3, "fp32", "loss")]  # balance of experts
+CASES = [(stage, precision, "", "") for stage in (1, 3) for precision in ("fp32", "bf16")]
+CASES += [(1, "bf16", "bias", ""), (3, "fp32", "loss", "")]  # balance of experts
+CASES += [(3, "bf16", "", "all_gather"), (2, "fp32", "", "tensors")]
+SHARED = {
+    "": "",
+    "ulysses": "sequence_parallel_ranks = 2",
+    "all_gather": 'sequence_parallel_ranks = 2\nsequence_parallel_method = "all_gather"',
+    "tensors": "tensor_parallel_ranks = 2",
+    "experts": "expert_parallel_ranks = 2",
+}
+
+
+def share(run_file: Path, by: str) -> Path:
+    """Its ranks share packed sequences, matrices or experts, a key of `SHARED`."""
+    sharing = r"\n(sequence|tensor|expert)_parallel_\w+ = .*"
+    text = re.sub(sharing, "", run_file.read_text())
+    run_file.write_text(text.replace("\nsteps = 10", f"\nsteps = 10\n{SHARED[by]}"))
+    return run_file
 
 
 def train(run_file: Path, fault: str = "") -> int:
@@ -58,11 +75,11 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     """The run file of an uninterrupted run of this precision and stage, trained once."""
     trained: dict[tuple, Path] = {}
 
-    def train_once(precision: str = "fp32", stage: int = 1, balance: str = "") -> Path:
-        case = precision, stage, balance
+    def train_once(precision: str = "fp32", stage: int = 1, balance: str = "", by: str = "") -> Path:
+        case = precision, stage, balance, by
         if case not in trained:
             folder = tmp_path_factory.mktemp("whole")
-            run_file = write_run(folder, shards, precision, stage, name="whole", balance=balance)
+            run_file = share(write_run(folder, shards, precision, stage, name="whole", balance=balance), by)
             run_ranks(2, train, run_file)
             trained[case] = run_file
         return trained[case]
@@ -70,12 +87,12 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     return train_once
 
 
-@pytest.mark.parametrize(("stage", "precision", "balance"), CASES)
+@pytest.mark.parametrize(("stage", "precision", "balance", "by"), CASES)
 def test_a_run_killed_at_a_random_instant_retraces_the_uninterrupted_one(
-    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path], stage: int, precision: str, balance: str
+    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path], stage: int, precision: str, balance: str, by: str
 ) -> None:
-    whole = undisturbed(precision, stage, balance)
-    broken = write_run(tmp_path, shards, precision, stage, name="broken", balance=balance)
+    whole = undisturbed(precision, stage, balance, by)
+    broken = share(write_run(tmp_path, shards, precision, stage, name="broken", balance=balance), by)
     ranks = start_ranks(2, train, broken)
     last = random.randint(5, 8)  # the checkpoint is that of step 4; the kill falls into steps 6 to 9
     while not (done := steps(broken)) or done[-1]["step"] < last:
@@ -105,13 +122,16 @@ def test_a_run_killed_inside_a_save_resumes_from_the_one_before(
     assert final_state(broken) == final_state(whole) != {}
 
 
-def test_ranks_that_share_their_packs_train_the_same_run(
-    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+@pytest.mark.parametrize(("first", "second", "ranks"), [("tensors", "ulysses", 2), ("all_gather", "", 1)])
+def test_a_run_of_ranks_that_share_goes_on_with_others_as_the_same_run(
+    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path], first: str, second: str, ranks: int
 ) -> None:
-    whole, shared = undisturbed(), write_run(tmp_path, shards, name="shared")
-    text = shared.read_text().replace("steps = 10", "steps = 10\nsequence_parallel_ranks = 2")
-    shared.write_text(text.replace("at_end = false", "at_end = true\nevery_steps = 5"))
-    run_ranks(2, train, shared)
+    """Killed in the second save, continued by another method or number of ranks. Evaluation is not shared."""
+    whole, shared = undisturbed(), share(write_run(tmp_path, shards, name="shared"), first)
+    shared.write_text(shared.read_text().replace("at_end = false", "at_end = true\nevery_steps = 5"))
+    assert -9 in finish(start_ranks(2, train, shared, "rank-1-wrote@8"))
+    run_ranks(ranks, train, share(shared, second))
+    assert started_at(shared) == [0, 4]
     for one, two in zip(learned(whole), learned(shared), strict=True):
         assert one[3:] == two[3:]
         assert two[1:3] == pytest.approx(one[1:3], rel=1e-4)
@@ -122,11 +142,9 @@ def test_ranks_that_share_experts_train_the_same_run_and_one_rank_goes_on(
 ) -> None:
     """Killed in the second save, and continued by one rank that holds all experts."""
     whole, shared = undisturbed("fp32", 3, "loss"), write_run(tmp_path, shards, name="shared", balance="loss")
-    text = shared.read_text().replace("at_end = false", "at_end = true\nevery_steps = 5")
-    shared.write_text(text.replace("steps = 10", "steps = 10\nexpert_parallel_ranks = 2"))
-    assert -9 in finish(start_ranks(2, train, shared, "rank-1-wrote@8"))
-    shared.write_text(text)
-    run_ranks(1, train, shared)
+    shared.write_text(shared.read_text().replace("at_end = false", "at_end = true\nevery_steps = 5"))
+    assert -9 in finish(start_ranks(2, train, share(shared, "experts"), "rank-1-wrote@8"))
+    run_ranks(1, train, share(shared, ""))
     assert started_at(shared) == [0, 4]
     for one, two in zip(learned(whole), learned(shared), strict=True):
         assert one[3:8] == two[3:8]  # learning rate, targets, positions, documents, padding
