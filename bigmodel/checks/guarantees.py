@@ -3,7 +3,8 @@
 Each check is a function from settings to findings: a claim, whether it holds, and the evidence in numbers. Tests
 break the guarded code and see the same functions fail.
 
-    leak    a document cannot influence another one in its packed sequence: outputs, loss, gradients
+    leak    a document cannot influence another one in its packed sequence: outputs, loss, gradients; also on ranks that
+            share packed sequences, experts or matrices
     order   the batches of each step are the same bytes at any world size; each position of an epoch occurs once
     loss    loss and gradient norm of a step agree on any number of ranks, also if ranks share packed sequences
     resume  a killed and resumed run equals the uninterrupted one to the last bit

@@ -94,3 +94,17 @@ def test_check_leak_runs_on_prepared_data(shards: Path, tmp_path: Path) -> None:
     from tests.support.tiny_run import write_run
 
     assert all(finding.holds for finding in check_leak(write_run(tmp_path, shards), []))
+
+
+def test_check_leak_runs_on_ranks_that_share_experts(shards: Path, tmp_path: Path) -> None:
+    """The second rank has a packed sequence without labels, whose edit counts too."""
+    from bigmodel.checks.leak import check_leak
+    from tests.support.tiny_run import write_run
+
+    run_file = write_run(tmp_path, shards, stage=3, balance="loss")
+    findings = check_leak(run_file, ["training.expert_parallel_ranks=2"])
+    assert [finding for finding in findings if not finding.holds] == []
+    assert [finding.claim for finding in findings if "2 ranks" in finding.claim] == [
+        "on 2 ranks, an edit changes the loss of the edited document",
+        "on 2 ranks, editing one document leaves loss and gradients of all others equal within rounding",
+    ]

@@ -43,7 +43,8 @@ LAYOUTS: dict[str, list[list[int]]] = {
     "documents of one token": [[1] * 24],
     "two packed sequences, one token and padding": [[1, 1, 9], [24]],
 }
-EDITED = ("documents end where ranks do", "ranks with padding only", "documents of one token")
+# Here ranks have parts of several documents.
+EDITED = ("documents end beside where ranks do", "a document longer than a rank's part", "documents of one token")
 
 
 def batch_of(packs: list[list[int]]) -> Batch:
