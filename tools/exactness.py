@@ -2,7 +2,8 @@
 
     make exactness             run the missing cases, publish when the full matrix is complete
     python -m tools.exactness --quick    the pairwise cases of CI
-    python -m tools.exactness publish  write benchmarks/exactness.jsonl and benchmarks/support.md from the results
+    python -m tools.exactness publish    write benchmarks/exactness.jsonl and benchmarks/support.md from the results;
+                                         --partial: also of some cases; --add: beside those of other commits
     python -m tools.exactness table      write benchmarks/support.md again from benchmarks/exactness.jsonl
 
 Compares every combination of ZeRO stage, precision, optimizer, recomputation and offload, on every world size, with
@@ -24,7 +25,7 @@ from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.deepspeed_json import VERSION
 from bigmodel.config.settings import UserError
 from bigmodel.sizes import counted_noun
-from tools.exactness_state import Row, State, read_rows, read_sources, write_rows
+from tools.exactness_state import Run, State, read_runs, read_sources, write_runs
 from tools.measure import ROOT, hardware
 
 STATE = ROOT / "runs" / "exactness"
@@ -115,17 +116,22 @@ def run_batch(cases: list[dict[str, Any]], world_size: int, folder: Path) -> lis
     ]
 
 
-def support_table(rows: list[Row], about: dict[str, Any]) -> str:
+def support_table(runs: list[Run]) -> str:
     """Markdown: for each value of each setting and each stage, the number of cases and whether all were exact."""
-    missing = about.get("missing", 0)
+    rows = [row for _, some in runs for row in some]
+    missing = runs[-1][0].get("missing", 0)
+    origins = [
+        f"{counted_noun(len(some), 'case')} on {about['date']}, commit {about['commit']}, {about['hardware']}"
+        for about, some in runs
+    ]
     lines = [
         "# What is supported",
         "",
         *([f"Not complete: {missing:,} cases of the full matrix did not run.", ""] if missing else []),
-        f"Written by `make exactness` on {about['date']}, commit {about['commit']}, {about['hardware']}, DeepSpeed "
-        f"{VERSION}, gloo. A case trains 20 steps and is compared with plain torch in one process: fp32 gradients "
-        "within 1e-5, norm and loss within 1e-6, weights within 1e-3 at the end; bf16 and fp16 within twice the error "
-        "of one process of that precision against float64. The number is how many cases ran; `-`: refused or not run.",
+        f"Written by `make exactness`: {'; '.join(origins)}. DeepSpeed {VERSION}, gloo. A case trains 20 steps and is "
+        "compared with plain torch in one process: fp32 gradients within 1e-5, norm and loss within 1e-6, weights "
+        "within 1e-3 at the end; bf16 and fp16 within twice the error of one process of that precision against "
+        "float64. The number is how many cases ran; `-`: refused or not run.",
         "",
         "| | ZeRO 0 | 1 | 2 | 3 |",
         "|---|---|---|---|---|",
@@ -170,8 +176,9 @@ def missing_cases(state: State) -> dict[int, tuple[int, int]]:
     return counts
 
 
-def publish_state(state: State, partial: bool = False, uncommitted: bool = False) -> None:
-    """Write RESULTS and TABLE. partial: also with missing cases. uncommitted: also with uncommitted sources.
+def publish_state(state: State, partial: bool = False, uncommitted: bool = False, add: bool = False) -> None:
+    """Write RESULTS and TABLE. partial: also with missing cases. uncommitted: also with uncommitted sources. add: keep
+    the results of other commits.
 
     Otherwise raises `UserError` and writes nothing.
     """
@@ -190,8 +197,10 @@ def publish_state(state: State, partial: bool = False, uncommitted: bool = False
     if reasons:
         raise UserError(f"not published: {'; '.join(reasons)}")
     about = state.about | ({"missing": sum(few for few, _ in missing.values())} if missing else {})
-    write_rows(RESULTS, about, state.rows)
-    TABLE.write_text(support_table(state.rows, about))
+    others = [run for run in read_runs(RESULTS) if run[0]["commit"] != about["commit"]] if add else []
+    runs = [*others, (about, state.rows)]
+    write_runs(RESULTS, runs)
+    TABLE.write_text(support_table(runs))
 
 
 def run_missing(state: State, world_sizes: list[int], quick: bool) -> None:
@@ -260,10 +269,11 @@ def run(
 def publish(
     partial: Annotated[bool, typer.Option(help="also if cases of the full matrix are missing")] = False,
     uncommitted: Annotated[bool, typer.Option(help="also if the sources were not committed")] = False,
+    add: Annotated[bool, typer.Option(help="keep the published results of other commits")] = False,
 ) -> None:
     """Write benchmarks/exactness.jsonl and benchmarks/support.md from the results of the current sources."""
     try:
-        publish_state(State(STATE, read_sources(ROOT)), partial, uncommitted)
+        publish_state(State(STATE, read_sources(ROOT)), partial, uncommitted, add)
     except UserError as error:
         raise _refused(error) from None
     print(f"published: {TABLE}")
@@ -272,8 +282,7 @@ def publish(
 @app.command()
 def table() -> None:
     """Write benchmarks/support.md again from benchmarks/exactness.jsonl, after a change of its wording."""
-    about, rows = read_rows(RESULTS)
-    TABLE.write_text(support_table(rows, about))
+    TABLE.write_text(support_table(read_runs(RESULTS)))
 
 
 def _refused(error: UserError) -> typer.Exit:

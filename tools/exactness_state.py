@@ -21,6 +21,7 @@ from bigmodel.run_directory import append_json_line, read_json_lines, write_atom
 
 SOURCES = ("bigmodel", "kernels", "launcher", "tests", "tools", "configs", "pyproject.toml")  # can change a result
 Row = dict[str, Any]
+Run = tuple[dict[str, Any], list[Row]]  # date, commit, hardware, and perhaps the number of missing cases; its rows
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class State:
 
     def __init__(self, folder: Path, sources: Sources) -> None:
         self.path, self.sources = folder / f"{sources}.jsonl", sources
-        self.about, rows = read_rows(self.path)
+        self.about, rows = next(iter(read_runs(self.path)), ({}, []))
         self._rows = {key_of(row["world_size"], row["case"]): row for row in rows}
 
     @property
@@ -91,14 +92,18 @@ class State:
         self._rows[key_of(row["world_size"], row["case"])] = row
 
 
-def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """The `about` table of a file and its rows; both empty if there is no file."""
-    lines = list(read_json_lines(path))
-    abouts = [line["about"] for line in lines if "about" in line]
-    return (abouts[0] if abouts else {}), [line for line in lines if "case" in line]
+def read_runs(path: Path) -> list[Run]:
+    """The runs of a file; none if there is no file."""
+    runs: list[Run] = []
+    for line in read_json_lines(path):
+        if "about" in line:
+            runs.append((line["about"], []))
+        elif runs:
+            runs[-1][1].append(line)
+    return runs
 
 
-def write_rows(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
+def write_runs(path: Path, runs: list[Run]) -> None:
     """Write the whole file at once, in compact JSON."""
-    lines = [json.dumps(line, separators=(",", ":")) for line in ({"about": about}, *rows)]
-    write_atomically(path, "\n".join(lines) + "\n")
+    lines = [line for about, rows in runs for line in ({"about": about}, *rows)]
+    write_atomically(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))

@@ -63,11 +63,13 @@ def can_share_matrices(case: Case) -> bool:
     return case["experts"] == "none" and case["optimizer"] != "adafactor"
 
 
+@cache
 def everything() -> list[Case]:
     cases = (dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values()))
     return [case for case in cases if valid(case)]
 
 
+@cache
 def pairwise(seed: int = 1) -> list[Case]:
     """Few cases that together contain every valid pair of values: greedy, from random candidates."""
     cases, draw = everything(), random.Random(seed)

@@ -14,7 +14,7 @@ from tests.support.engine_worker import launch
 from tests.support.exactness import FACTORS, FEW_STEPS, everything, failures, job_of, name_of, pairwise
 from tools import exactness
 from tools.exactness import RESULTS, TABLE, run_batch, support_table
-from tools.exactness_state import Sources, State, read_rows, read_sources
+from tools.exactness_state import Sources, State, read_runs, read_sources
 
 CASES = pairwise()
 pytestmark = pytest.mark.timeout(600)  # all cases run in the first test's set-up
@@ -102,7 +102,7 @@ def test_a_run_that_was_stopped_goes_on_and_publishes_when_it_is_complete(worksh
     code, printed = workshop.call("--worlds", "1,2")
     assert (code, workshop.ran) == (0, [(1, 0), (2, 0), (1, 1), (2, 1)])
     assert "published" in printed
-    about, rows = read_rows(workshop.results)
+    ((about, rows),) = read_runs(workshop.results)
     assert [(row["world_size"], row["case"]["stage"]) for row in rows] == workshop.ran
     assert about["commit"] == "abc1234"
     assert "| all | exact (2) | exact (2) | - | - |" in workshop.table.read_text()
@@ -119,8 +119,21 @@ def test_a_quick_run_is_published_only_when_told_and_then_says_that_it_is_not_co
     assert not workshop.results.exists()
     assert not workshop.table.exists()
     assert workshop.call("publish", "--partial")[0] == 0
-    assert len(read_rows(workshop.results)[1]) == 2
+    assert [len(rows) for _, rows in read_runs(workshop.results)] == [2]
     assert "Not complete: 2 cases of the full matrix did not run." in workshop.table.read_text()
+
+
+def test_results_of_other_commits_are_kept_only_when_told(workshop: Workshop) -> None:
+    assert workshop.call("--worlds", "1,2")[0] == 0
+    for commit in ("def5678", "def5678", "fed8765"):
+        workshop.sources = Sources(commit)
+        assert workshop.call("--quick", "--worlds", "1,2")[0] == 0
+        assert workshop.call("publish", "--partial", *(["--add"] if commit == "def5678" else []))[0] == 0
+        kept = [(about["commit"], len(rows)) for about, rows in read_runs(workshop.results)]
+        assert kept == ([("abc1234", 4), ("def5678", 2)] if commit == "def5678" else [("fed8765", 2)])
+        table = workshop.table.read_text()
+        assert ("4 cases on" in table, "| all | exact (4) | exact (2) |" in table) == (commit == "def5678",) * 2
+        assert "Not complete: 2 cases of the full matrix did not run." in table
 
 
 def test_results_of_uncommitted_sources_are_published_only_when_told(workshop: Workshop) -> None:
@@ -216,7 +229,8 @@ def test_a_batch_gives_one_row_for_each_case(tmp_path: Path) -> None:
 
 
 def test_the_published_table_is_that_of_the_published_results() -> None:
-    about, rows = read_rows(RESULTS)
-    assert len(RESULTS.read_text().splitlines()) == len(rows) + 1 > 1000, "one line for each case"
+    runs = read_runs(RESULTS)
+    rows = [row for _, some in runs for row in some]
+    assert len(RESULTS.read_text().splitlines()) == len(rows) + len(runs) > 1000, "one line for each case"
     assert len({json.dumps([row["world_size"], row["case"]], sort_keys=True) for row in rows}) == len(rows)
-    assert TABLE.read_text() == support_table(rows, about)
+    assert TABLE.read_text() == support_table(runs)
