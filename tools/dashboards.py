@@ -417,6 +417,12 @@ LEARNING = Dashboard(
                     _metric("expert_load_entropy_ratio"),
                 ),
                 _one(
+                    "Dropped choices of experts",
+                    "percentunit",
+                    "Of the last step's, over all layers; only with model.experts.capacity_factor",
+                    _metric("expert_dropped_ratio"),
+                ),
+                _one(
                     "Squared log of the routers' partition",
                     "none",
                     "Mean of logsumexp(logits)^2 over layers: grows where the routers' logits drift",

@@ -7,7 +7,7 @@ GPT-NeoX writes hyphens or underscores; both are found. Imports neither torch no
 """
 
 _PIPELINE = "remove it: pipeline parallelism is not offered, ZeRO stage 3 splits large models"
-_EXPERTS = "remove it: [model.experts] in the run file makes a mixture of experts, without a limit of tokens"
+_EXPERTS = "remove it: [model.experts] in the run file makes a mixture of experts"
 _LOSS_SCALE = 'write it inside "fp16"'
 _OWN_DOCUMENTS = "remove the key; documents of a pack never see each other, and each has its own positions"
 _NO_PIPELINE = "remove the key; there is no pipeline parallelism"
@@ -146,7 +146,7 @@ REASONS = {
     "micro_batch_size": 'write "train_micro_batch_size_per_gpu"',
     "min_loss_scale": _LOSS_SCALE,
     "moe": _EXPERTS,
-    "moe_expert_capacity": _EXPERTS,
+    "moe_expert_capacity": "remove it: model.experts.capacity_factor in the run file, within each document",
     "moe_num_experts": _EXPERTS,
     "no_pipeline_parallel": _NO_PIPELINE,
     "num_experts": _EXPERTS,

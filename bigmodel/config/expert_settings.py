@@ -6,14 +6,14 @@ from pydantic import Field, model_validator
 
 from bigmodel.config.sections import Section, setting
 
-# Strengths of the balance. They change no weight's shape and no evaluation.
-STRENGTHS = ("balance_weight", "bias_rate", "router_z_weight")
+# They change no weight's shape and no evaluation.
+TRAINING_ONLY = ("balance_weight", "bias_rate", "router_z_weight", "capacity_factor", "min_capacity")
 
 
 class ExpertSettings(Section):
     """Mixture of experts (Shazeer et al. 2017): in place of one feed-forward layer many, of which a router chooses a
-    few for each token. No token is dropped, whatever the load: with a limit of an expert's tokens, one document would
-    take the place of another one.
+    few for each token. No token is dropped, whatever the load, unless `capacity_factor` says so; and then within each
+    document, so that none takes the place of another one's token.
 
     Balance is that of whole steps: the load of an expert is counted over all tokens of a step on all ranks, without
     padding. The balance loss uses the loads of the step before, so that it is a sum over tokens, as the loss is.
@@ -45,6 +45,13 @@ class ExpertSettings(Section):
         "(DeepSeek-V3: 4 of 8)",
     )
     route_scale: float = Field(1.0, gt=0, description="factor of the weights (DeepSeek-V3: 2.5)")
+    capacity_factor: float = Field(
+        0.0,
+        ge=0,
+        description="in training, of the first n tokens of a document an expert takes at most this times per_token * n "
+        "/ count, the first that come; the others pass it by, and are counted. 0: no limit",
+    )
+    min_capacity: int = Field(4, ge=1, description="tokens of a document that an expert takes in any case")
     balance: Literal["loss", "bias", "none"] = Field(
         "loss",
         description="loss: count * sum of load * mean score over the experts of a layer (Switch Transformer, with all "

@@ -10,7 +10,7 @@ one's: it is the coefficient divided by the number of layers with experts. With 
 from collections.abc import Mapping
 from typing import Any
 
-from bigmodel.config.expert_settings import STRENGTHS
+from bigmodel.config.expert_settings import TRAINING_ONLY
 from bigmodel.config.model_settings import ModelSettings
 from bigmodel.config.sections import UserError
 
@@ -88,7 +88,7 @@ def differences_of_experts(ours: ModelSettings, back: ModelSettings) -> list[str
 def _compared(settings: ModelSettings) -> dict[str, Any]:
     if settings.experts is None:
         return {}
-    table = settings.experts.model_dump(exclude={*STRENGTHS})
+    table = settings.experts.model_dump(exclude={*TRAINING_ONLY})
     return table | {"width": settings.expert_width}
 
 

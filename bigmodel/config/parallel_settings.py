@@ -79,6 +79,11 @@ def problem_of_sharing(settings: Any) -> str:
             f"{name}: needs a decoder-only model with rotary positions and without MTP modules "
             "(model.num_mtp_modules = 0); set it to 1"
         )
+    if model.experts and model.experts.capacity_factor:
+        return (
+            f"{name} with model.experts.capacity_factor = {model.experts.capacity_factor}: an expert's capacity "
+            "depends on a document's earlier tokens, also on other ranks; set the first to 1, or the other to 0"
+        )
     if method == "all_gather" and model.kind == "encoder":
         return f'{GATHERED} with model.kind = "encoder": {LATER}'
     if method == "all_gather" and data.bidirectional_prefix:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bigmodel.config.expert_settings import STRENGTHS
+from bigmodel.config.expert_settings import TRAINING_ONLY
 from bigmodel.config.huggingface import read_config
 from bigmodel.config.json_file import read_json
 from bigmodel.config.model_settings import DRAWN, ModelSettings
@@ -56,7 +56,7 @@ def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     if theirs.experts is not None:
         given, inherited = model.get("experts", {}), settings["experts"]
         if given.get("balance", theirs.experts.balance) != theirs.experts.balance:  # theirs are of another balance
-            inherited = {name: value for name, value in inherited.items() if name not in STRENGTHS}
+            inherited = {name: value for name, value in inherited.items() if name not in TRAINING_ONLY}
         done["model"]["experts"] = inherited | given
     prepare = table.get("prepare", {})
     has_own = not isinstance(prepare, dict) or {"tokenizer", "vocabulary"} & set(prepare)
@@ -76,7 +76,7 @@ def _has_experts(theirs: ModelSettings, given: Any) -> bool:
 def _changeable(theirs: ModelSettings) -> tuple[str, ...]:
     """Settings of experts that change no weight of the start. Biases that balance experts are weights."""
     has_biases = theirs.experts is not None and theirs.experts.balance == "bias"
-    return STRENGTHS if has_biases else ("balance", *STRENGTHS)
+    return TRAINING_ONLY if has_biases else ("balance", *TRAINING_ONLY)
 
 
 def is_run(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bigmodel.config.expert_settings import STRENGTHS
+from bigmodel.config.expert_settings import TRAINING_ONLY
 from bigmodel.config.model_settings import DRAWN
 from bigmodel.config.sections import SAVED
 from bigmodel.config.settings import ModelSettings, Settings, UserError, settings_from_table
@@ -262,7 +262,7 @@ def _saved_model(one: Ingredient) -> dict[str, Any]:
     """The model settings of a checkpoint, also those that its version did not have; of experts without the strengths
     of their balance, which are of training."""
     settings = ModelSettings.model_validate(one.checkpoint.description["model"], context=SAVED)
-    return settings.model_dump(mode="json", exclude={"experts": set(STRENGTHS)})
+    return settings.model_dump(mode="json", exclude={"experts": set(TRAINING_ONLY)})
 
 
 def _have_one_beginning(one: Ingredient, other: Ingredient) -> bool:

@@ -222,7 +222,9 @@ def _experts(run: WatchedRun) -> Iterator[Text]:
     if run.step.get("expert_loads"):
         found = of_experts(run.step)
         most, layer = found["expert_load_ratio"], found["expert_load_layer"]
-        yield Text(f"experts: the largest load is {most:.2f} times the mean, in layer {layer}")
+        dropped = found.get("expert_dropped_ratio")
+        said = "" if dropped is None else f"; {dropped:.1%} of choices dropped"
+        yield Text(f"experts: the largest load is {most:.2f} times the mean, in layer {layer}{said}")
 
 
 def _checkpoints(run: WatchedRun) -> Iterator[Text]:

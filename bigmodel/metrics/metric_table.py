@@ -98,6 +98,10 @@ RUN = (
         "expert_load_entropy_ratio", "gauge", "Entropy of the loads of experts in the last step over that of even "
         "loads, in the layer where it is lowest; 1 is even, 0 is one expert for all tokens",
     ),
+    Metric(
+        "expert_dropped_ratio", "gauge", "Share of the last step's choices of experts that were dropped, over all "
+        "layers; with model.experts.capacity_factor",
+    ),
     Metric("router_z", "gauge", "Mean of the routers' logsumexp(logits)^2 over the last step's targets and layers"),
     Metric("gradient_norm", "gauge", "Global gradient norm of the last step, before clipping"),
     Metric(

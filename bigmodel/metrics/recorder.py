@@ -72,6 +72,8 @@ class ExpertLoads(NamedTuple):
     entropy: tuple[float, ...]  # of the loads, divided by that of even loads: 1 is even, 0 all to one expert
     router_z: float  # mean of logsumexp(logits)^2 over labels and layers
     first_layer: int = 0  # the layer of the first numbers, as in blocks.N of the model; the others follow it
+    dropped: tuple[int, ...] | None = None  # choices beyond an expert's capacity; None: there is no limit
+    dropped_share: float | None = None  # of all choices of all layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -341,7 +341,7 @@ def of_experts(line: Mapping[str, Any]) -> dict[str, float]:
         "expert_load_layer": loads.get("first_layer", 0) + loads["largest"].index(largest),
         "expert_load_entropy_ratio": min(loads["entropy"]),
         "router_z": loads["router_z"],
-    }
+    } | ({"expert_dropped_ratio": dropped} if (dropped := loads.get("dropped_share")) is not None else {})
 
 
 def _of_step(line: Mapping[str, Any]) -> Samples:

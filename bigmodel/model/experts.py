@@ -7,9 +7,10 @@ In: states (T, H). Out: of each token the sum of its k experts' outputs times th
     normalised if asked for
     permute: rows by expert -> grouped gate and up -> activation -> grouped down -> unpermute: weighted, added
 
-Guarantees: no token is dropped, so that a token's output depends on its own state only; padding passes no expert and
-is not counted; recomputation routes as the first pass did. The number of an expert's tokens stays on the device.
-The loads of a step are counted once, also where the backward pass recomputes a layer.
+Guarantees: no token is dropped unless `capacity_factor` says so, and then by the earlier tokens of its own document
+alone (`within_capacity`); padding passes no expert and is not counted; recomputation routes as the first pass did. The
+number of an expert's tokens stays on the device. The loads of a step are counted once, also where the backward pass
+recomputes a layer.
 
 The balance loss and the router's z-loss are sums over labels, weighted as these, so that the engine's division by the
 number of labels makes them means over the step, on any number of ranks and micro-batches. They change the gradient of
@@ -29,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bigmodel.config.expert_settings import ExpertSettings
 from bigmodel.config.settings import ModelSettings
 from bigmodel.data.load.batch import IGNORED, Batch
 from bigmodel.kernels.grouped_matmul import grouped_matmul
@@ -44,11 +46,12 @@ def has_experts(settings: ModelSettings, layer: int) -> bool:
 
 
 class Recorded(NamedTuple):
-    """Of a micro-batch. loads_LE: pairs of token and expert, without padding, int64; term: balance loss and z-loss of
-    all layers, times their weights, to be added to the loss sum; z_sum: sum of logsumexp(logits)^2 over labels and
-    layers."""
+    """Of a micro-batch. loads_LE: chosen pairs of token and expert, without padding, int64; dropped_L: of these, those
+    beyond the capacity; term: balance loss and z-loss of all layers, times their weights, to be added to the loss sum;
+    z_sum: sum of logsumexp(logits)^2 over labels and layers."""
 
     loads_LE: Tensor
+    dropped_L: Tensor
     term: Tensor
     z_sum: Tensor
 
@@ -57,21 +60,21 @@ class Routing:
     """What the expert layers of a micro-batch read, and in training record. Made once, used by all of them."""
 
     def __init__(self, batch: Batch, records: bool) -> None:
-        self.padding_T, self.records = batch.padding, records
+        self.padding_T, self.positions_T, self.records = batch.padding, batch.positions, records
         self.weight_T = (batch.labels != IGNORED).float() if batch.weights is None else batch.weights
-        self._layers: list[tuple[Tensor, Tensor, Tensor]] | None = []
+        self._layers: list[tuple[Tensor, Tensor, Tensor, Tensor]] | None = []
 
-    def record(self, load_E: Tensor, term: Tensor, z_sum: Tensor) -> None:
+    def record(self, load_E: Tensor, dropped: Tensor, term: Tensor, z_sum: Tensor) -> None:
         """Of one layer. Recomputations come after `close` and are not recorded."""
         if self._layers is not None:
-            self._layers.append((load_E, term, z_sum))
+            self._layers.append((load_E, dropped, term, z_sum))
 
     def close(self) -> Recorded:
         """The records of all layers; afterwards nothing is recorded."""
         assert self._layers, "no layer with experts was computed, or its records were taken"
-        loads, terms, z_sums = zip(*self._layers, strict=True)
+        loads, dropped, terms, z_sums = zip(*self._layers, strict=True)
         self._layers = None
-        return Recorded(torch.stack(loads), torch.stack(terms).sum(), torch.stack(z_sums).sum())
+        return Recorded(torch.stack(loads), torch.stack(dropped), torch.stack(terms).sum(), torch.stack(z_sums).sum())
 
 
 class Router(nn.Module):
@@ -149,11 +152,16 @@ class MixtureOfExperts(nn.Module):
         experts_TK, weights_TK = self.choose(scores_TE)
         if routing is not None and routing.padding_T is not None:  # padding belongs to no expert
             experts_TK = experts_TK.masked_fill(routing.padding_T[:, None], self.settings.count)
+        chosen_E = None
+        if self.training and routing is not None and self.settings.capacity_factor:
+            chosen_E, experts_TK = self._keep(experts_TK, routing.positions_T)
         place_TK, offsets_E1 = expert_rows(experts_TK, self.settings.count)
         y_AH = self.experts(permute(x_TH, place_TK), offsets_E1)
         out_TH = unpermute(y_AH, place_TK, weights_TK)
         if routing is not None and routing.records:
-            routing.record(offsets_E1.diff().long(), *self.terms(logits_TE, scores_TE, routing.weight_T))
+            load_E = offsets_E1.diff().long() if chosen_E is None else chosen_E
+            dropped = load_E.sum() - offsets_E1[-1]
+            routing.record(load_E, dropped, *self.terms(logits_TE, scores_TE, routing.weight_T))
         return out_TH if self.shared is None else out_TH + self.shared(x_TH)
 
     def choose(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,6 +175,14 @@ class MixtureOfExperts(nn.Module):
             weights_TK = _shares(weights_TK)
         return experts_TK, weights_TK * self.settings.route_scale
 
+    def _keep(self, experts_TK: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """How often each expert was chosen, (E,); the choices, that of no expert where one is beyond its capacity."""
+        count = self.settings.count
+        chosen_TE = experts_TK.new_zeros((len(experts_TK), count + 1)).scatter_(1, experts_TK, 1)[:, :count]
+        kept_TE = within_capacity(chosen_TE, positions_T, self.settings)
+        dropped_TK = ~kept_TE.gather(1, experts_TK.clamp(max=count - 1))
+        return chosen_TE.sum(0), experts_TK.masked_fill(dropped_TK, count)
+
     def terms(self, logits_TE: Tensor, scores_TE: Tensor, weight_T: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's balance loss and z-loss, times their weights; the sum of logsumexp(logits)^2, detached."""
         settings = self.settings
@@ -178,6 +194,33 @@ class MixtureOfExperts(nn.Module):
             p_E = (p_TE * weight_T[:, None]).sum(0)
             term = term + settings.balance_weight * settings.count * (self.router.load * p_E).sum()
         return term, z_sum.detach()
+
+
+def within_capacity(chosen_TE: Tensor, positions_T: Tensor, settings: ExpertSettings) -> Tensor:
+    """(T, E) bool: where a choice, 1 in `chosen_TE` (int64), is kept.
+
+    Of the first n tokens of its document an expert takes at most
+
+        capacity(n) = max(min_capacity, ceil(capacity_factor * K * n / E))
+
+    the first that come, so that a later token, another document, the micro-batch and the rank change nothing. An expert
+    that was full takes tokens again as n grows. With A(n) choices and room(n) = capacity(n) - A(n) it has taken
+    A(n) + min(0, least room of the document so far): a choice is dropped where that least room falls below 0.
+
+    Example: one expert of two, K = 1, factor 1, min_capacity 1, chosen by 4 tokens and then by every second one:
+    capacity 1 1 2 2 3 3 4 4, kept 1 0 1 0 - 1 - 1.
+    """
+    positions, rate = len(positions_T), settings.capacity_factor * settings.per_token / settings.count
+    most = max(settings.min_capacity, math.ceil(rate * positions))
+    capacity_T = ((positions_T + 1).double() * rate).ceil().long().clamp(min=settings.min_capacity)
+    taken_TE, first_T = chosen_TE.cumsum(0), torch.arange(positions, device=positions_T.device) - positions_T
+    before_TE = (taken_TE - chosen_TE)[first_T]  # by earlier documents
+    room_TE = capacity_T[:, None] - (taken_TE - before_TE)
+    # Each document's room lies below all earlier ones': one running minimum serves all.
+    below_T1 = (positions_T == 0).cumsum(0)[:, None] * (most + positions + 1)
+    least_TE = ((room_TE - below_T1).cummin(0).values + below_T1).clamp(max=0)
+    least_before_TE = least_TE.roll(1, 0).masked_fill(positions_T[:, None] == 0, 0)
+    return (chosen_TE > 0) & (least_TE == least_before_TE)
 
 
 def _within_groups(ranked_TE: Tensor, groups: int, per_token: int) -> Tensor:

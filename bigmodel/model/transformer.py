@@ -463,6 +463,7 @@ class Transformer(nn.Module):
         # Over the micro-batches of a step; the caller resets them to 0.
         self.z_sum: Tensor | float = 0.0
         self.loads_LE: Tensor | float = 0.0  # of layers with experts: see `bigmodel.model.experts.Recorded`
+        self.dropped_L: Tensor | float = 0.0
         self.router_z_sum: Tensor | float = 0.0
 
     def forward(self, batch: Batch, output: Output = "loss_sum") -> Tensor:
@@ -512,8 +513,9 @@ class Transformer(nn.Module):
 
     def _balanced(self, result: Tensor, routing: Routing) -> Tensor:
         """With the gradient of the balance of experts; counts their loads."""
-        loads_LE, term, z_sum = routing.close()
+        loads_LE, dropped_L, term, z_sum = routing.close()
         self.loads_LE, self.router_z_sum = self.loads_LE + loads_LE, self.router_z_sum + z_sum
+        self.dropped_L = self.dropped_L + dropped_L
         return result + (term - term.detach()) / max(1, result.numel())
 
     def hidden(self, x_TH: Tensor, batch: Batch, x_SE: Tensor | None = None) -> Tensor:

@@ -26,29 +26,36 @@ class ExpertBalance:
         self._model, self._shape = model, (len(layers), layers[0].settings.count if layers else 0)
         self._first_layer = layers[0].settings.first_dense_layers if layers else 0
         self._every_steps = every_steps
+        self._has_capacity = bool(layers and layers[0].settings.capacity_factor)
         self._loads_LE: list[list[float]] = []
 
     def begin(self) -> None:
         """Forget the step before."""
-        self._model.loads_LE = self._model.router_z_sum = 0.0
+        self._model.loads_LE = self._model.dropped_L = self._model.router_z_sum = 0.0
 
     def take(self) -> list[float]:
         """This rank's sums, to be added up over the ranks. Waits for the device."""
-        loads_LE = self._model.loads_LE
-        if isinstance(loads_LE, float):  # a model without experts
+        loads_LE, dropped_L = self._model.loads_LE, self._model.dropped_L
+        if isinstance(loads_LE, float) or isinstance(dropped_L, float):  # a model without experts
             return []
-        return [float(self._model.router_z_sum), *map(float, loads_LE.flatten().tolist())]
+        counts = torch.cat([dropped_L, loads_LE.flatten()]).tolist()
+        return [float(self._model.router_z_sum), *map(float, counts)]
 
     def move(self, sums: Sequence[float], weight: float, skip: bool) -> ExpertLoads | None:
         """Move the state by the sums over all ranks; `skip`: only describe them. weight: of the step's labels."""
         if not sums:
             return None
-        z_sum, *loads = sums
+        z_sum, *counts = sums
+        dropped, loads = counts[: self._shape[0]], counts[self._shape[0] :]
         loads_LE = torch.tensor(loads, dtype=torch.float64).view(self._shape)
         if not skip:
             balance(self._model, loads_LE.to(self._model.embedding.weight.device))
         self._loads_LE = loads_LE.tolist()
-        return describe(self._loads_LE, z_sum / weight, self._first_layer)
+        described = describe(self._loads_LE, z_sum / weight, self._first_layer)
+        if not self._has_capacity:
+            return described
+        share = math.fsum(dropped) / (math.fsum(loads) or 1.0)
+        return described._replace(dropped=tuple(map(int, dropped)), dropped_share=round(share, 6))
 
     def by_expert(self, step: int) -> dict[str, list[int]] | None:
         """Of the loads last moved: layer of the model, as in blocks.N -> the load of each expert, in percent of the

@@ -16,6 +16,10 @@ SIX_HEADS = {"num_heads": 6, "num_kv_heads": 6}
     [
         ({"model": SIX_HEADS}, r"= 4 does not fit model\.num_heads = 6 .*sequence_parallel_method = \"all_gather\""),
         ({"data": {"sequence_length": 2050}}, r"= 4 does not divide data\.sequence_length = 2050"),
+        (
+            {"model": {"experts": {"count": 8, "capacity_factor": 1.5}}},
+            r"= 4 with model\.experts\.capacity_factor = 1\.5: .* set the first to 1, or the other to 0",
+        ),
         ({"model": {"num_mtp_modules": 1}}, r"= 4: needs a decoder-only model"),
         ({"model": {"position_embedding": "learned", "max_positions": 2048}}, r"= 4: needs a decoder-only model"),
         (

@@ -60,7 +60,7 @@ STEPS = [
         unweighted_loss=2.5,
         loss_scale=1024.0,
         sampled_share=0.25,
-        expert_loads=ExpertLoads((1.5, 2.0), (0.75, 0.875), 4.0, first_layer=3),
+        expert_loads=ExpertLoads((1.5, 2.0), (0.75, 0.875), 4.0, 3, dropped=(5, 0), dropped_share=0.125),
         device_joules=100.0 * number,
         host_joules=2.6,
         slowest_rank=1,
@@ -181,6 +181,7 @@ EXPECTED = {
     "expert_load_ratio": 2.0,
     "expert_load_layer": 4,
     "expert_load_entropy_ratio": 0.75,
+    "expert_dropped_ratio": 0.125,
     "router_z": 4.0,
     "energy_joules_total|device": 600,
     "energy_joules_total|host": 3 * 2.6,
@@ -370,8 +371,10 @@ def test_a_step_line_holds_the_whole_record(tmp_path: Path) -> None:
     assert 1e7 < line.pop("memory")["resident_bytes"] < 1e11
     line["flops"], line["parts"] = Flops(**line["flops"]), tuple(LossGroup(**part) for part in line["parts"])
     line |= {name: tuple(line[name]) for name in ("lag_ms", "lag_ranks")}
-    largest, entropy, z, first = line["expert_loads"].values()
-    line["expert_loads"] = ExpertLoads(tuple(largest), tuple(entropy), z, first)
+    told = line["expert_loads"]
+    line["expert_loads"] = ExpertLoads(
+        **{name: tuple(one) if isinstance(one, list) else one for name, one in told.items()}
+    )
     assert StepRecord(**line) == STEPS[0]
 
 

@@ -1,6 +1,8 @@
 """Mixture of experts: against dense layers, a loop in float64, and itself in other micro-batches."""
 
+import math
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -8,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bigmodel.config.expert_settings import ExpertSettings
 from bigmodel.config.settings import DataSettings, ModelSettings
 from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
 from bigmodel.data.plan.shuffle import Chunk
-from bigmodel.model.experts import MixtureOfExperts, Routing, balance, mixtures
+from bigmodel.model.experts import MixtureOfExperts, Routing, balance, mixtures, within_capacity
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 
@@ -292,3 +295,75 @@ def test_first_layers_can_be_dense_and_mtp_modules_have_experts() -> None:
     assert [block.has_experts for block in (*model.blocks, *model.extra_blocks)] == [False, True, True]
     gradients(model, [batch_of(range(4))])
     assert torch.as_tensor(model.loads_LE).shape == (2, 4)
+
+
+def kept_by_hand(experts_TK: list[list[int]], positions: list[int], settings: ExpertSettings) -> list[list[bool]]:
+    """Token by token: an expert that has taken fewer tokens of the document than its capacity takes this one."""
+    taken, kept = [0] * settings.count, []
+    for position, experts in zip(positions, experts_TK, strict=True):
+        taken = taken if position else [0] * settings.count
+        share = Fraction(str(settings.capacity_factor)) * settings.per_token * (position + 1) / settings.count
+        capacity = max(settings.min_capacity, math.ceil(share))
+        kept.append([taken[expert] < capacity for expert in experts])
+        for expert, keeps in zip(experts, kept[-1], strict=True):
+            taken[expert] += keeps
+    return kept
+
+
+@pytest.mark.parametrize("capacity", [(0.5, 1), (1.0, 1), (1.25, 4), (1.1, 2)])
+def test_an_expert_takes_the_first_tokens_of_a_document_up_to_its_capacity(capacity: tuple[float, int]) -> None:
+    factor, least = capacity
+    settings = ExpertSettings(count=8, per_token=2, capacity_factor=factor, min_capacity=least)
+    generator, lengths = torch.Generator().manual_seed(3), [1, 40, 2, 90, 1, 7, 64]
+    preferred = torch.tensor([9.0, 9.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0])
+    experts_TK = torch.multinomial(preferred.expand(sum(lengths), 8), 2, generator=generator)
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    chosen_TE = torch.zeros(sum(lengths), 8, dtype=torch.long).scatter_(1, experts_TK, 1)
+    kept_TE = within_capacity(chosen_TE, positions_T, settings)
+    by_hand = kept_by_hand(experts_TK.tolist(), positions_T.tolist(), settings)
+    assert kept_TE.gather(1, experts_TK).tolist() == by_hand
+    assert kept_TE.sum() == kept_TE.gather(1, experts_TK).sum(), "what is not chosen is not kept"
+    assert 0 < sum(map(sum, by_hand)) < experts_TK.numel()
+
+
+def test_dropped_choices_are_counted_and_give_nothing_in_training_alone() -> None:
+    experts = {"capacity_factor": 0.5, "min_capacity": 1}
+    layer, batch = layer_of(**experts), batch_of(range(4))
+    x_TH = torch.randn(len(batch.tokens), 32, dtype=torch.float64)
+    dropless = layer_of()
+    whole, routing = dropless(x_TH, Routing(batch, records=False)), Routing(batch, records=True)
+    assert torch.equal(layer.eval()(x_TH, Routing(batch, records=False)), whole)
+    out = layer.train()(x_TH, routing)
+    recorded = routing.close()
+    experts_TK = layer.choose(layer.router(x_TH).softmax(-1))[0]
+    kept_TK = torch.tensor(kept_by_hand(experts_TK.tolist(), batch.positions.tolist(), layer.settings))
+    assert batch.padding is not None
+    tokens_T = ~batch.padding
+    assert recorded.dropped_L.tolist() == [int((~kept_TK[tokens_T]).sum())]
+    assert recorded.loads_LE.sum() == 2 * batch.num_tokens, "loads are of what is chosen"
+    none_T = tokens_T & ~kept_TK.any(1)
+    assert none_T.any()
+    assert not out[none_T].any()
+    assert torch.equal(out[tokens_T & kept_TK.all(1)], whole[tokens_T & kept_TK.all(1)])
+
+
+def test_a_large_capacity_drops_nothing_bit_for_bit() -> None:
+    batches = [batch_of(range(4))]
+    results = [gradients(model_of(experts=one), batches) for one in ({}, {"capacity_factor": 4.0})]
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(one, results[1][1][name]) for name, one in results[0][1].items())
+
+
+def test_drops_depend_on_earlier_tokens_of_the_same_document_alone() -> None:
+    """Other micro-batches, later tokens and other documents change no output; an earlier token does."""
+    model, batch = model_of(experts={"capacity_factor": 0.5, "min_capacity": 1}).double(), batch_of(range(4))
+    with torch.no_grad():
+        whole = model(batch, "logits")
+        parts = torch.cat([model(batch_of(range(2)), "logits"), model(batch_of(range(2, 4)), "logits")])
+        changed = replace(batch, tokens=batch.tokens.index_fill(0, torch.tensor([12]), 5))  # of the second document
+        after = model(changed, "logits")
+    assert torch.allclose(whole, parts, rtol=1e-12, atol=1e-12)
+    moved = (whole - after).abs().amax(-1) > 1e-9
+    assert moved[12:21].all()
+    assert not moved[:12].any()
+    assert not moved[21:].any()

@@ -37,6 +37,7 @@ EXPERTS = {"count": 4, "per_token": 2, "width": 20, "shared": 1, "first_dense_la
 BALANCED: dict[str, Any] = {
     "balanced by loss": EXPERTS | {"balance_weight": 0.1},
     "balanced by bias": EXPERTS | {"balance": "bias", "bias_rate": 0.01, "scores": "sigmoid", "route_scale": 1.5},
+    "with a capacity": EXPERTS | {"balance": "none", "capacity_factor": 0.8, "min_capacity": 1},  # not in the matrix
 }
 Case = dict[str, Any]
 GROUPS = [{"parameters": "blocks.0.*", "learning_rate_factor": 0.5}, {"parameters": "norm.*", "weight_decay": 0.2}]

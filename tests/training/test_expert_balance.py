@@ -31,6 +31,18 @@ def test_a_step_moves_the_state_and_a_skipped_one_does_not(kind: str) -> None:
     assert sum(balance.take()[1:]) == 2 * 2 * 41
 
 
+def test_dropped_choices_are_told_by_layer_and_as_a_share() -> None:
+    model = model_of(experts={"capacity_factor": 1.0})
+    told = ExpertBalance(model)
+    told.begin()
+    model.loads_LE, model.dropped_L = torch.tensor([[6, 4, 0, 0], [5, 5, 0, 0]]), torch.tensor([3, 1])
+    moved = told.move(told.take(), 5.0, skip=False)
+    assert moved is not None
+    assert (moved.dropped, moved.dropped_share, moved.largest) == ((3, 1), 0.2, (2.4, 2.0))
+    line = json.loads(json.dumps({"expert_loads": moved._asdict()}))
+    assert of_experts(line)["expert_dropped_ratio"] == 0.2
+
+
 def test_a_model_without_experts_has_no_sums() -> None:
     model = model_of(experts={"count": 0})
     balance = ExpertBalance(model)
@@ -42,7 +54,7 @@ def test_a_model_without_experts_has_no_sums() -> None:
 
 def test_loads_are_described_by_their_largest_and_their_entropy() -> None:
     loads = describe([[3.0, 1.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, 9.0, 0.0, 0.0]], 6.0)
-    assert loads == ((3.0, 1.0, 4.0), (0.4056, 1.0, 0.0), 2.0, 0)
+    assert loads == ((3.0, 1.0, 4.0), (0.4056, 1.0, 0.0), 2.0, 0, None, None)
 
 
 def test_a_router_that_prefers_an_expert_is_told_with_its_layer_of_the_model() -> None:
@@ -69,11 +81,11 @@ def test_the_load_of_each_expert_is_recorded_at_measured_steps_by_the_model_s_la
     model = model_of(experts={"first_dense_layers": 1})
     balance = ExpertBalance(model, every_steps=10)
     assert balance.by_expert(10) is None, "nothing was counted"
-    balance.move([6.0, 30.0, 10.0, 1.0, 0.0], 1.0, skip=False)
+    balance.move([6.0, 0.0, 30.0, 10.0, 1.0, 0.0], 1.0, skip=False)
     assert balance.by_expert(20) == {"1": [293, 98, 10, 0]}
     assert balance.by_expert(21) is None
     never = ExpertBalance(model)
-    never.move([6.0, 30.0, 10.0, 1.0, 0.0], 1.0, skip=True)
+    never.move([6.0, 0.0, 30.0, 10.0, 1.0, 0.0], 1.0, skip=True)
     assert never.by_expert(20) is None
 
 

@@ -220,11 +220,10 @@ class RunHistory:
         if loads := line.get("expert_loads"):
             first = loads.get("first_layer", 0)  # absent in lines of earlier versions
             layers = tuple(map(str, range(first, first + len(loads["largest"]))))
-            self._put(
-                "experts",
-                (*layers, "entropy", "router_z"),
-                [*loads["largest"], min(loads["entropy"]), loads["router_z"]],
-            )
+            told = {"entropy": min(loads["entropy"]), "router_z": loads["router_z"]}
+            if loads.get("dropped_share") is not None:  # with a capacity
+                told["dropped_share"] = loads["dropped_share"]
+            self._put("experts", (*layers, *told), [*loads["largest"], *told.values()])
         if found := line.get("loads_by_expert"):
             self._add_loads(line["step"], found)
         self.num_steps += 1

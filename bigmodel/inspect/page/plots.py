@@ -173,11 +173,17 @@ def experts(runs: Runs) -> list[Drawn]:
     ]
     entropy = [Quantity("most uneven layer", _column("experts/entropy"), CURVES["training"])]
     z = [Quantity("router z", _column("experts/router_z"), CURVES["training"])]
+    dropped = [Quantity("all layers", _column("experts/dropped_share"), CURVES["training"])]
     of_even = "entropy of the loads over that of even loads"
     return [
         _lines(runs, "expert-load", "Largest load of an expert", "times the mean load of its layer", most),
         _lines(runs, "expert-entropy", "Evenness of the experts' loads", of_even, entropy),
         _lines(runs, "router-z", "Routers' mean of logsumexp(logits)²", "per label and layer", z),
+        *(
+            [_lines(runs, "expert-dropped", "Choices of experts that are dropped", "share of all choices", dropped)]
+            if any(np.isfinite(run.column("experts/dropped_share")).any() for run in runs)
+            else []
+        ),
         *(_uneven_layers(run, _of(run, runs)) for run in runs),
         *(_loads_of_layer(run, _of(run, runs)) for run in runs if run.loads_by_expert),
     ]

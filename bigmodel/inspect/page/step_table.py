@@ -53,7 +53,7 @@ def leaves(values: pyarrow.Array | None) -> Iterator[tuple[str, Floats]]:
 
 def of_experts(loads: pyarrow.Array | None) -> Iterator[tuple[str, Floats]]:
     """Of the lines' `expert_loads`, by name, (lines,) each: LAYER of the model, the largest load over the mean;
-    "entropy" of the layer where it is lowest; "router_z"."""
+    "entropy" of the layer where it is lowest; "router_z"; with a capacity "dropped_share"."""
     if loads is None or not pyarrow.types.is_struct(loads.type):
         return
     told = dict(zip(loads.type.names, loads.flatten(), strict=True))
@@ -65,6 +65,8 @@ def of_experts(loads: pyarrow.Array | None) -> Iterator[tuple[str, Floats]]:
     yield from ((str(layer), values) for layer, values in enumerate(largest, start=first))
     yield "entropy", np.fmin.reduce(entropy)
     yield "router_z", floats(told["router_z"])
+    if "dropped_share" in told and told["dropped_share"].null_count < len(told["dropped_share"]):
+        yield "dropped_share", floats(told["dropped_share"])
 
 
 def by_expert(loads: pyarrow.Array | None) -> Iterator[tuple[int, dict[str, list[int]]]]:

@@ -35,7 +35,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bigmodel.config.expert_settings import STRENGTHS
+from bigmodel.config.expert_settings import TRAINING_ONLY
 from bigmodel.config.model_settings import DRAWN
 from bigmodel.config.renamed import new_keys
 from bigmodel.config.sections import without_effect
@@ -333,7 +333,7 @@ def _pairs_of_experts(now: dict[str, Any] | None, then: dict[str, Any] | None) -
     """What may not change of them."""
     if not now or not then:
         return {"model.experts": (now, then)}
-    names = sorted((now.keys() | then.keys()) - set(STRENGTHS))
+    names = sorted((now.keys() | then.keys()) - set(TRAINING_ONLY))
     return {f"model.experts.{name}": (now.get(name), then.get(name)) for name in names}
 
 

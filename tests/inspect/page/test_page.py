@@ -47,7 +47,8 @@ def line(number: int, loss: float = 2.0, **changes: Any) -> dict[str, Any]:
         flops={"causal": 10.0, "full": 20.0, "hardware": 30.0},
         device_joules=50.0 * number,
         largest_attention_score=number / 2,
-        expert_loads={"largest": [1.5, 1 + number / 8], "entropy": [0.75, 1 / number], "router_z": number / 4},
+        expert_loads={"largest": [1.5, 1 + number / 8], "entropy": [0.75, 1 / number], "router_z": number / 4}
+        | {"dropped": [number, 0], "dropped_share": number / 100},
         loads_by_expert=None if number % 4 else {"1": [100, 75, 125], "2": [3 * number, 100, 300 - 3 * number]},
     )
     return made | changes
@@ -117,6 +118,7 @@ def test_values_of_the_page_equal_metrics_jsonl(tmp_path: Path) -> None:
     expect("attention-score", "Largest attention score", [(one["step"], one["step"] / 2) for one in steps])
     expect("expert-load", "most uneven layer", [(one["step"], max(1.5, 1 + one["step"] / 8)) for one in steps])
     expect("expert-load", "mean of the layers", [(one["step"], 1.25 + one["step"] / 16) for one in steps])
+    expect("expert-dropped", "all layers", [(one["step"], one["step"] / 100) for one in steps])
     expect("expert-entropy", "most uneven layer", [(one["step"], min(0.75, 1 / one["step"])) for one in steps])
     expect("router-z", "router z", [(one["step"], one["step"] / 4) for one in steps])
     expect("packing", "padding", [(one["step"], 28 / 128) for one in steps])

@@ -33,7 +33,7 @@ STEPS = 3
 EXACT: dict[int, list[tuple[int, int, dict[str, Any]]]] = {
     2: [
         (2, 1, {"stage": 0}),
-        (2, 1, {"stage": 1, "activation_checkpointing": "full", "groups": True}),
+        (2, 1, {"stage": 1, "activation_checkpointing": "full", "groups": True, "experts": "with a capacity"}),
         (2, 1, {"stage": 2, "activation_checkpointing": "selective", "experts": "balanced by bias"}),
         (2, 1, {"stage": 1, "precision": "bf16"}),
         (2, 1, {"stage": 2, "precision": "fp16"}),
