@@ -32,7 +32,7 @@ from bigmodel.data.load.batch import Batch
 from bigmodel.data.plan.position_sharing import share_positions
 from bigmodel.distributed.world import World
 from bigmodel.kernels.attention import attention, attention_and_largest, make_tile_metadata
-from bigmodel.kernels.attention_dropout import OF_KEYS, AttentionDropout, row_words
+from bigmodel.kernels.attention_dropout import AttentionDropout
 from bigmodel.kernels.mask import AttentionMask, last_first
 from bigmodel.kernels.tiles import TileMetadata
 from bigmodel.metrics.phases import Phases
@@ -85,8 +85,7 @@ class GatheredSequence(Sequence):
         rows = torch.from_numpy(np.concatenate([np.arange(run.start, run.stop) for runs in shares for run in runs]))
         rows, self._order_T = torch.stack([rows, rows.argsort().flip(0)]).to(batch.tokens.device)
         self._runs, self._edges = shares[self.rank][::-1], edges
-        seeds_T = batch.dropout_seeds.flip(0) if self._model.attention_dropout else None
-        self._key_words_T = None if seeds_T is None else row_words(seeds_T, OF_KEYS)
+        self._key_words_T = None if self._dropout is None else self._dropout.key_words_S.flip(0)
         return rows.chunk(self.size)[self.rank]
 
     def _make_schedule(self, mask: AttentionMask, num_queries: int, num_keys: int) -> Any:
@@ -168,11 +167,12 @@ class Gather(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> Any:
         ranks, runs = context.ranks, context.runs
         wide, (_, *shape) = torch.promote_types(context.dtype, torch.float32), gradients[0].shape
-        sent = gradients[0].new_zeros(len(runs.order_T), 2, *shape, dtype=wide)
+        total = gradients[0].new_zeros(len(runs.order_T), 2, *shape, dtype=wide)  # last first
         for number, run in enumerate(runs.runs):
-            rows = runs.order_T[run.keys]
             for side in (0, 1):
-                sent[rows, side] += gradients[2 * number + side]
+                total[run.keys, side] += gradients[2 * number + side]
+        sent = torch.empty_like(total)
+        sent[runs.order_T] = total
         received = torch.empty_like(sent)
         with ranks.phases("communication"):
             dist.all_to_all_single(received, sent, group=ranks.group)

@@ -26,7 +26,7 @@ from bigmodel.config.settings import Settings
 from bigmodel.data.load.batch import Batch
 from bigmodel.distributed.world import World
 from bigmodel.kernels.attention import attention, attention_and_largest, make_tile_metadata
-from bigmodel.kernels.attention_dropout import AttentionDropout
+from bigmodel.kernels.attention_dropout import AttentionDropout, make_dropout
 from bigmodel.metrics.phases import Phases
 from bigmodel.model import transformer
 
@@ -42,9 +42,13 @@ class Sequence:
         self.rank = world.rank % self.size
         groups = [dist.new_group(list(range(first, first + self.size))) for first in range(0, world.size, self.size)]
         self._ranks = Ranks(groups[world.rank // self.size], self.size, phases or Phases(world.device))
+        self._dropout_rate = settings.model.attention_dropout
+        self._dropout: AttentionDropout | None = None  # of all positions of the micro-batch that was shared last
 
     def share(self, batch: Batch) -> Batch:
         """The batch with this rank's positions only, but the cu_seqlens and prefixes of whole documents."""
+        seeds_T, rate = batch.dropout_seeds, self._dropout_rate
+        self._dropout = make_dropout(rate, seeds_T, seeds_T) if rate else None
         mine = self._rows(batch)
         values = {field.name: getattr(batch, field.name) for field in fields(batch)}
         return replace(
@@ -102,19 +106,11 @@ class Sequence:
         """q (T, H/s, K), k and v (T, G/s, K), and the dropout. Fewer key heads than ranks are repeated."""
         named: dict[str, Any] = {}
         if dropout is not None:
-            named["dropout"] = self._of_all_positions(dropout, q.shape[1] // self.size)
+            assert self._dropout is not None, "dropout is of a shared batch"
+            named["dropout"] = self._dropout.from_head(dropout.first_head + self.rank * (q.shape[1] // self.size))
         if k.shape[1] < self.size:
             k, v = (side.repeat_interleave(self.size // side.shape[1], dim=1) for side in (k, v))
         return [Exchange.apply(side, self._ranks, True) for side in (q, k, v)], named
-
-    def _of_all_positions(self, dropout: AttentionDropout, num_heads: int) -> AttentionDropout:
-        """The words of all sharing ranks' positions, and the number of the first of this rank's heads."""
-        mine = torch.stack([dropout.query_words_T, dropout.key_words_S], dim=1)
-        words = mine.new_empty(len(mine) * self.size, 2)
-        with self._ranks.phases("communication"):
-            dist.all_gather_into_tensor(words, mine, group=self._ranks.group)
-        first_head = dropout.first_head + self.rank * num_heads
-        return AttentionDropout(dropout.rate, words[:, 0].contiguous(), words[:, 1].contiguous(), first_head)
 
 
 class Ranks(NamedTuple):
