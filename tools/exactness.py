@@ -25,7 +25,7 @@ from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.deepspeed_json import VERSION
 from bigmodel.config.settings import UserError
 from bigmodel.sizes import counted_noun
-from tools.exactness_state import Run, State, read_runs, read_sources, write_runs
+from tools.exactness_state import Run, State, key_of, read_runs, read_sources, write_runs
 from tools.measure import ROOT, hardware
 
 STATE = ROOT / "runs" / "exactness"
@@ -166,12 +166,13 @@ def _row(title: str, rows: list[dict[str, Any]]) -> str:
     return f"| {title} | {' | '.join(cells)} |"
 
 
-def missing_cases(state: State) -> dict[int, tuple[int, int]]:
-    """Number of ranks -> (missing cases, all cases) of the full matrix, if any are missing."""
+def missing_cases(runs: list[Run]) -> dict[int, tuple[int, int]]:
+    """Number of ranks -> (cases that are in no run, all cases) of the full matrix, if any are missing."""
+    keys = {key_of(row["world_size"], row["case"]) for _, rows in runs for row in rows}
     counts = {}
     for size in WORLD_SIZES:
         cases = matrix(size, quick=False)
-        if missing := sum(not state.has(size, case) for case in cases):
+        if missing := sum(key_of(size, case) not in keys for case in cases):
             counts[size] = (missing, len(cases))
     return counts
 
@@ -182,7 +183,8 @@ def publish_state(state: State, partial: bool = False, uncommitted: bool = False
 
     Otherwise raises `UserError` and writes nothing.
     """
-    missing = missing_cases(state)
+    others = [run for run in read_runs(RESULTS) if run[0]["commit"] != str(state.sources)] if add else []
+    missing = missing_cases([*others, (state.about, state.rows)])
     reasons = []
     if not state.rows:
         reasons.append(f"{state.path} has no results; run make exactness first")
@@ -197,7 +199,6 @@ def publish_state(state: State, partial: bool = False, uncommitted: bool = False
     if reasons:
         raise UserError(f"not published: {'; '.join(reasons)}")
     about = state.about | ({"missing": sum(few for few, _ in missing.values())} if missing else {})
-    others = [run for run in read_runs(RESULTS) if run[0]["commit"] != about["commit"]] if add else []
     runs = [*others, (about, state.rows)]
     write_runs(RESULTS, runs)
     TABLE.write_text(support_table(runs))
