@@ -296,7 +296,7 @@ def _refuse_shared_parameters(
 ) -> None:
     """Refuse what does not go with ranks that share experts or, kind "tensor", matrices."""
     zero, size = config["zero_optimization"], getattr(settings.training, f"{kind}_parallel_ranks")
-    if world_size % size and kind == "expert":  # of the other one the batch is settled already
+    if world_size % size and kind == "expert":  # `_settle_batch` has refused it of the other kind
         source.problem(
             f"training.expert_parallel_ranks = {size} does not divide the {counted_noun(world_size, 'rank')}; choose a "
             "divisor"

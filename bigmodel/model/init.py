@@ -84,7 +84,7 @@ def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings
         deviation = math.sqrt(1.0 / parameter.shape[-1] / additions)
     else:
         deviation = math.sqrt(1.0 / parameter.shape[-1])
-    parameter.copy_(torch.randn(parameter.shape, generator=generator_of(seed, name)) * deviation)
+    parameter.copy_(torch.randn(parameter.shape, generator=generator_of(seed, name)).mul_(deviation))
     if settings.attention_scale and name.endswith(("attention.query_key_value.weight", "cross_attention.query.weight")):
         parameter[: side.num_heads * side.resolved_head_dim] /= settings.attention_scale * math.sqrt(
             side.resolved_head_dim

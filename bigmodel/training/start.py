@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigmodel.config.settings import ModelSettings, Settings, UserError
@@ -24,6 +25,7 @@ from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.token_vectors import TokenVectors
 from bigmodel.training.trained import choose_trained
 from bigmodel.training.zero.engine import creation
+from bigmodel.training.zero.tensor_parallel import build_parts
 
 Whole = Callable[[nn.Parameter], AbstractContextManager]
 
@@ -53,9 +55,7 @@ def new_model(
 
     Raises `UserError` for folders that do not fit the settings, and for patterns that fit no parameter.
     """
-    with creation(effective, settings.training.expert_parallel_ranks) as whole:
-        model = build_model(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
-        add_adapters(model, settings.lora)
+    model, whole = empty_model(settings, effective, vocabulary)
     init_weights(model, settings.run.seed, whole)
     if vectors:
         vectors.fill(model, settings.run.seed, whole)
@@ -65,6 +65,22 @@ def new_model(
         load_adapter(model, settings, whole)
     choose_trained(model, settings)
     return model
+
+
+def empty_model(settings: Settings, effective: dict[str, Any], vocabulary: int) -> tuple[Transformer, Whole]:
+    """The model without values, partitioned or cut where ranks share it, and a context manager that makes one parameter
+    whole while it is filled, with equal values on every rank."""
+    training = settings.training
+
+    def build() -> Transformer:
+        model = build_model(settings.model, vocabulary, training.z_loss, training.label_smoothing)
+        add_adapters(model, settings.lora)
+        return model
+
+    if training.tensor_parallel_ranks > 1 and effective["zero_optimization"]["stage"] != 3:
+        return build_parts(build, training.tensor_parallel_ranks, dist.get_rank())
+    with creation(effective, training.expert_parallel_ranks) as whole:
+        return build(), whole
 
 
 def load_weights(model: Transformer, folder: Path, seed: int, whole: Whole | None = None) -> None:

@@ -66,15 +66,15 @@ def is_hidden(name: str) -> bool:
 
 def size_of(parameter: nn.Parameter) -> int:
     """Elements of the whole parameter, which may be partitioned."""
-    return math.prod(_shape(parameter))
+    return math.prod(shape_of(parameter))
 
 
 def parameter_rank(parameter: nn.Parameter) -> int:
     """Its number of dimensions."""
-    return len(_shape(parameter))
+    return len(shape_of(parameter))
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
     """Of the whole: ZeRO 3 partitions parameters, ranks share experts."""
     return getattr(parameter, "whole_shape", getattr(parameter, "ds_shape", parameter.shape))
 

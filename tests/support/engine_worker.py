@@ -22,16 +22,15 @@ from bigmodel.data.load.own_inputs import with_own_inputs
 from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.distributed.world import World, end_world, start_world
 from bigmodel.model.init import generator_of, init_weights
-from bigmodel.model.lora import add_adapters
-from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
 from bigmodel.training.expert_balance import ExpertBalance
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.optimizers.table import OPTIMIZERS
+from bigmodel.training.start import empty_model
 from bigmodel.training.trained import choose_trained
-from bigmodel.training.zero.engine import Engine, creation, forget_groups
+from bigmodel.training.zero.engine import Engine, forget_groups
 from tests.support.ranks import run_ranks
 
 VOCABULARY = 67
@@ -130,11 +129,12 @@ def num_targets_of(step: int) -> int:
 
 
 def new_model(settings: Settings, effective: dict[str, Any] | None = None) -> Transformer:
-    """With an effective DeepSpeed configuration of stage 3, partitioned from the start."""
-    sharing = settings.training.expert_parallel_ranks if effective else 1
-    with creation(effective or {"zero_optimization": {"stage": 0}}, sharing) as whole:
-        model = build_model(settings.model, settings.model.num_rows(VOCABULARY))
-        add_adapters(model, settings.lora)
+    """With an effective DeepSpeed configuration partitioned or cut from the start, as the settings say."""
+    if not effective:
+        alone = settings.training.model_copy(update={"expert_parallel_ranks": 1, "tensor_parallel_ranks": 1})
+        settings = settings.model_copy(update={"training": alone})
+    stage_0 = {"zero_optimization": {"stage": 0}}
+    model, whole = empty_model(settings, effective or stage_0, settings.model.num_rows(VOCABULARY))
     init_weights(model, 5, whole)
     for name, parameter in model.named_parameters():
         if ".lora." in name and name.endswith(".b.weight"):

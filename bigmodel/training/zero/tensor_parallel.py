@@ -21,15 +21,16 @@ attends, multiplies by its output matrix (64, 32) to a term of (8, 64), and gets
 Evaluation is not shared: each rank has its own batches. The sharing ranks compute them together, one after the other.
 Positions that n does not divide are filled up with zeros, which no rank reads.
 
-The model does not know of this: `TensorParallel` cuts the weights and replaces the forward of layers.
+The model does not know of this: `TensorParallel` cuts the weights and replaces the forward of layers. With
+`build_parts` a rank holds its parts and one whole parameter at a time.
 
 Letters: T positions, P positions of a rank, N ranks, H hidden_size, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,12 +43,102 @@ from bigmodel.metrics.phases import Phases
 from bigmodel.model.layers import FeedForward, Linear, product
 from bigmodel.model.transformer import Attention, RelativeBias, Transformer
 from bigmodel.training.slices import Slice
+from bigmodel.training.trained import shape_of
 from bigmodel.training.zero.shared_head import shared_head
 from bigmodel.training.zero.sharing_ranks import Gather, Scatter, SharingRanks
 
 
+class Part(NamedTuple):
+    """What this rank has of a parameter, and its shape."""
+
+    parameter: nn.Parameter
+    slice: Slice
+    shape: tuple[int, ...]
+
+    def keep(self) -> None:
+        """Cut the whole parameter; nothing if that is done."""
+        if self.parameter.shape == self.slice.shape:
+            flat = self.slice.take(self.parameter.data.flatten(), 0, self.slice.numel)
+            self.parameter.data = flat.view(self.shape)
+            self.parameter.whole_shape = self.slice.shape
+
+    @contextmanager
+    def made_whole(self) -> Iterator[None]:
+        """Inside, the whole parameter, in which only this rank's part has its values; afterwards the part again."""
+        mine = self.parameter.data.flatten()
+        self.parameter.data = mine.new_empty(self.slice.shape)
+        self.slice.put(self.parameter.data.view(-1), 0, mine)
+        del mine
+        try:
+            yield
+        finally:
+            self.keep()
+
+
+def parts_of(model: Transformer, size: int, rank: int) -> dict[str, Part]:
+    """The parts of the rank, number `rank` of the `size` sharing ones, of a model that is whole or cut, by name. Raises
+    `UserError` where the vocabulary cannot be divided."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parts: dict[str, Part] = {}
+
+    def by_rows(parameter: nn.Parameter, matrices: Sequence[int] = ()) -> None:
+        rows, *across = shape_of(parameter)
+        mine = Slice.of_rows((rows, *across), size, rank, matrices)
+        parts[names[id(parameter)]] = Part(parameter, mine, (rows // size, *across))
+
+    def by_columns(parameter: nn.Parameter) -> None:
+        rows, columns = shape_of(parameter)
+        mine = Slice.of_columns((rows, columns), size, rank)
+        parts[names[id(parameter)]] = Part(parameter, mine, (rows, columns // size))
+
+    def first(linear: Linear) -> None:
+        by_rows(linear.weight, linear.parts)
+        if linear.bias is not None:
+            by_rows(linear.bias, linear.parts)
+
+    vocabulary = model.embedding.num_embeddings
+    if vocabulary % size:
+        raise UserError(
+            f"training.tensor_parallel_ranks = {size} does not divide the {vocabulary} rows of the embedding; set "
+            f"model.vocabulary_multiple = {size}"
+        )
+    by_rows(model.embedding.weight)
+    by_rows(model.head.weight)  # which may be the same
+    for module in model.modules():
+        if isinstance(module, Attention):
+            first(module.query_key_value)
+            by_columns(module.output.weight)
+        elif isinstance(module, FeedForward):
+            first(module.gate_up if module.is_gated else module.up)
+            by_columns(module.down.weight)
+    return parts
+
+
+def build_parts(
+    build: Callable[[], Transformer], size: int, rank: int
+) -> tuple[Transformer, Callable[[nn.Parameter], AbstractContextManager]]:
+    """The model that `build` builds, with memory for the parts of this rank alone, without values; and a context
+    manager that makes one parameter whole while it is filled, with equal values on every rank."""
+    with torch.device("meta"):
+        model = build()
+    parts = {id(part.parameter): part for part in parts_of(model, size, rank % size).values()}
+    for parameter in model.parameters():
+        shape = parts[id(parameter)].shape if id(parameter) in parts else parameter.shape
+        whole_shape = parameter.shape
+        made = nn.Parameter(torch.empty(shape, dtype=parameter.dtype), parameter.requires_grad)
+        torch.utils.swap_tensors(parameter, made)  # a tied parameter stays one
+        if id(parameter) in parts:
+            parameter.whole_shape = tuple(whole_shape)
+
+    def whole(parameter: nn.Parameter) -> AbstractContextManager:
+        return parts[id(parameter)].made_whole() if id(parameter) in parts else nullcontext()
+
+    return model, whole
+
+
 class TensorParallel:
-    """The parts of this rank. Construction cuts the weights; `connect` comes once the process group exists.
+    """The parts of this rank. Construction cuts the weights, unless that is done; `connect` comes once the process
+    group exists.
 
     slices: of the parameters that ranks share, by name.
     """
@@ -63,28 +154,14 @@ class TensorParallel:
     ) -> None:
         """`recomputes`: blocks are, by activation checkpointing. `whole`: a parameter is whole inside. Raises
         `UserError` where the vocabulary cannot be divided."""
-        self._whole = whole
         self.size, self.rank, self._phases, self._model = size, rank % size, phases, model
         self._first_product = _first_product if recomputes else _first_product_gathered_again
-        self.slices: dict[str, Slice] = {}
-        self.parameters: list[nn.Parameter] = []
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        rows = model.embedding.num_embeddings
-        if rows % size:
-            raise UserError(
-                f"training.tensor_parallel_ranks = {size} does not divide the {rows} rows of the embedding; set "
-                f"model.vocabulary_multiple = {size}"
-            )
-        self._cut_rows(model.embedding.weight)
-        if model.head.weight is not model.embedding.weight:
-            self._cut_rows(model.head.weight)
-        for module in model.modules():
-            if isinstance(module, Attention):
-                self._cut_first(module.query_key_value)
-                self._cut_columns(module.output.weight)
-            elif isinstance(module, FeedForward):
-                self._cut_first(module.gate_up if module.is_gated else module.up)
-                self._cut_columns(module.down.weight)
+        parts = parts_of(model, size, self.rank)
+        for part in parts.values():
+            with whole(part.parameter):
+                part.keep()
+        self.slices = {name: part.slice for name, part in parts.items()}
+        self.parameters = [part.parameter for part in parts.values()]
 
     def connect(self, group: Any) -> None:
         """group: the ranks that share, in their order."""
@@ -119,29 +196,6 @@ class TensorParallel:
             assert theirs is not None, "the broadcast gives every rank a batch"
             outputs.append(forward(theirs.to(batch.tokens.device)))
         return outputs[self.rank]
-
-    def _cut_first(self, linear: Linear) -> None:
-        self._cut_rows(linear.weight, linear.parts)
-        if linear.bias is not None:
-            self._cut_rows(linear.bias, linear.parts)
-
-    def _cut_rows(self, parameter: nn.Parameter, parts: Sequence[int] = ()) -> None:
-        with self._whole(parameter):
-            rows, *across = parameter.shape
-            mine = Slice.of_rows(parameter.shape, self.size, self.rank, parts)
-            self._cut(parameter, mine, (rows // self.size, *across))
-
-    def _cut_columns(self, parameter: nn.Parameter) -> None:
-        with self._whole(parameter):
-            rows, columns = parameter.shape
-            self._cut(parameter, Slice.of_columns(parameter.shape, self.size, self.rank), (rows, columns // self.size))
-
-    def _cut(self, parameter: nn.Parameter, mine: Slice, shape: tuple[int, ...]) -> None:
-        name = self._names[id(parameter)]
-        parameter.data = mine.take(parameter.data.flatten(), 0, mine.numel).view(shape)
-        parameter.whole_shape = mine.shape
-        self.slices[name] = mine
-        self.parameters.append(parameter)
 
 
 def _put_before(linear: Linear, forward: Any, ranks: SharingRanks) -> None:
