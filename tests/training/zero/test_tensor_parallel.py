@@ -14,11 +14,12 @@ from bigmodel.distributed.world import World, end_world, start_world
 from bigmodel.generation.prompts import pack
 from bigmodel.inspect.memory import LiveBytes
 from bigmodel.metrics.phases import Phases
+from bigmodel.model.init import init_weights
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.planning.parameters import held_of, parameters_of
 from bigmodel.training.trained import size_of
 from bigmodel.training.zero.engine import Engine
-from bigmodel.training.zero.tensor_parallel import TensorParallel
+from bigmodel.training.zero.tensor_parallel import TensorParallel, build_parts
 from tests.support import exactness
 from tests.support.engine_worker import batch_of, launch, new_model, oracle, settings_table
 from tests.support.ranks import run_ranks
@@ -32,6 +33,8 @@ SHARED_KEYS = MODEL | {"num_kv_heads": 2, "qk_norm": True, "norm_placement": "sa
 BIASED = MODEL | {"attention_bias": "all", "feed_forward_bias": True, "norm": "layer", "num_mtp_modules": 1}
 BERT = MODEL | {"position_embedding": "learned", "max_positions": 64, "embedding_norm": True, "norm_placement": "post"}
 BERT |= {"norm": "layer", "attention_bias": "all", "feed_forward_bias": True, "gated": False, "num_token_types": 2}
+BERT |= {"kind": "encoder"}
+MASKED = {"objectives": [{"kind": "masked"}]}
 T5 = MODEL | {"gated": False, "position_embedding": "relative_bias", "logit_softcap": 5.0}
 FULL, SELECTIVE = ({"activation_checkpointing": kind} for kind in ("full", "selective"))
 SMOOTHED = {"z_loss": 0.01, "label_smoothing": 0.1}
@@ -45,7 +48,7 @@ EXACT: dict[int, dict[str, Case]] = {
         "muon": (2, 2, 1, {"model": SHARED_KEYS, "optimizer": {"kind": "muon"}, "tied": True}),
         "ZeRO 3": (2, 3, 1, {"model": BIASED, "training": SMOOTHED, "tied": True, "clipping": 0.1}),
         "ZeRO 3, recomputed": (2, 3, 2, {"model": T5, "training": FULL}),
-        "muon, ZeRO 0": (2, 0, 3, {"model": BERT, "optimizer": {"kind": "muon"}}),
+        "encoder, muon, ZeRO 0": (2, 0, 3, {"model": BERT, "optimizer": {"kind": "muon"}, "data": MASKED}),
     },
     4: {
         "of 2": (2, 1, 1, {"training": {"freeze": ["blocks.0.attention", "embedding"]}}),
@@ -71,7 +74,9 @@ LOW: list[dict[str, Any]] = [
 def job_of(folder: Path, degree: int, stage: int, packs: int, more: dict[str, Any]) -> dict[str, Any]:
     """The job of `tests.support.engine_worker`, with what one process of plain torch finds."""
     more = {key: value.copy() if isinstance(value, dict) else value for key, value in more.items()}
+    data = more.pop("data", {})
     table = settings_table(folder, stage, "fp32", packs, **{"model": MODEL} | more)
+    table["data"] = table["data"] | data
     settings = Settings.model_validate(table)
     path = folder / f"plain-{len(list(folder.glob('plain-*')))}.safetensors"
     job = {"seen": oracle(settings, STEPS, path), "oracle": str(path)}
@@ -164,6 +169,34 @@ def test_the_plan_knows_the_parts_of_a_rank(model: dict[str, Any]) -> None:
     assert all(
         tensors.slices[name].numel == one.numel() for name, one in cut.named_parameters() if name in tensors.slices
     )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_start_holds_the_parts_of_a_rank_and_one_whole_parameter(tied: bool) -> None:
+    settings = Settings.model_validate({"model": BIASED | {"num_layers": 20, "tied_embeddings": tied}})
+    whole = build_model(settings.model, 68)
+    init_weights(whole, 5)
+    for rank in range(4):
+        with LiveBytes() as bytes_:
+            model, made_whole = build_parts(lambda: build_model(settings.model, 68), 4, rank)
+        assert bytes_.live - 4 == bytes_of(model) < bytes_of(whole) / 3  # and a number of the head
+        with LiveBytes() as bytes_:
+            for _ in range(2):  # initial weights, then those of a start
+                init_weights(model, 5, made_whole)
+        largest = 4 * max(map(size_of, model.parameters()))
+        assert bytes_.peak < bytes_of(model) + 3 * largest < bytes_of(whole) / 2  # random numbers, and the new part
+        tensors = TensorParallel(model, 4, rank, Phases(torch.device("cpu")))
+        wanted = dict(whole.named_parameters())
+        for name, one in model.named_parameters():
+            if name in tensors.slices:
+                flat = tensors.slices[name].take(wanted[name].detach().flatten(), 0, one.numel())
+                assert torch.equal(one.flatten(), flat), name
+            else:
+                assert torch.equal(one, wanted[name]), name
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    return sum(one.untyped_storage().nbytes() for one in model.parameters())
 
 
 def evaluate_other_batches(table: dict[str, Any]) -> None:
