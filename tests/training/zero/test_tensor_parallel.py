@@ -53,11 +53,11 @@ EXACT: dict[int, dict[str, Case]] = {
     4: {
         "of 2": (2, 1, 1, {"training": {"freeze": ["blocks.0.attention", "embedding"]}}),
         "of 4": (4, 2, 3, {"model": MODEL | {"num_mtp_modules": 1}, "training": {"ema_decay": 0.9}}),
-        "of 2, ZeRO 3": (
+        "of 2, ZeRO 3, small weights kept whole": (
             2,
             3,
             1,
-            {"model": SHARED_KEYS, "optimizer": {"kind": "muon"}, "training": {"ema_decay": 0.9}},
+            {"model": SHARED_KEYS, "optimizer": {"kind": "muon"}, "training": {"ema_decay": 0.9}, "persistence": 1000},
         ),
         "of 2, ZeRO 3, frozen": (2, 3, 1, {"training": SELECTIVE | {"freeze": ["blocks.0.attention", "embedding"]}}),
         "of 4, ZeRO 3": (4, 3, 3, {"tied": True}),
