@@ -7,6 +7,8 @@ others in every layer, so the ratio of the most to the mean is what balance can 
 those of a run on the prepared data; documents longer than a packed sequence are split into chunks of its length.
 `contiguous`: rank r has the r-th part of the positions. `zigzag`: of 2n chunks chunk r and chunk 2n - 1 - r, which is
 even for one causal document (Llama 3, ring attention). `by work`: `bigmodel.data.plan.position_sharing`.
+
+`needed`: of the keys that a rank gathers from the others, by work, the share that some query of it attends to.
 """
 
 import statistics
@@ -17,6 +19,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from bigmodel.config.layer_kinds import kinds_of
 from bigmodel.config.settings import ModelSettings, Settings, load_settings
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.position_sharing import chunks_per_rank, share_positions, work_of_positions
@@ -60,6 +63,21 @@ def largest_over_mean(cu_seqlens: np.ndarray, model: ModelSettings, shares: Shar
     return max(of_ranks) * len(of_ranks) / sum(of_ranks)
 
 
+def needed(cu_seqlens: np.ndarray, model: ModelSettings, shares: Shares) -> float:
+    """Of gathered keys; mean of the ranks."""
+    starts, total, used = cu_seqlens[:-1], int(cu_seqlens[-1]), 0
+    reach = total if "full" in kinds_of(model) else model.sliding_window - 1
+    for runs in shares:
+        is_used = np.zeros(total, dtype=bool)
+        for run in runs:
+            begin = int(starts[np.searchsorted(starts, run.start, side="right") - 1])
+            is_used[max(begin, run.start - reach) : run.stop] = True
+        for run in runs:
+            is_used[run.start : run.stop] = False
+        used += int(is_used.sum())
+    return used / (total * (len(shares) - 1))
+
+
 def main(
     run: Annotated[Path, typer.Option(help="a run file with prepared data")] = Path("configs/tiny.toml"),
     lengths: Annotated[list[int], typer.Option("--length", help="of packed sequences")] = [4_096, 16_384, 65_536],  # noqa: B006
@@ -82,8 +100,9 @@ def main(
             for name, way in WAYS.items():
                 found = [largest_over_mean(one, settings.model, way(one, settings.model, count)) for one in sequences]
                 row |= {name: statistics.mean(found), f"{name}_most": max(found)}
-            record.add(row)
-    record.show(["case", "documents", *(key for name in WAYS for key in (name, f"{name}_most"))])
+            by_work = [needed(one, settings.model, share_positions(one, settings.model, count)) for one in sequences]
+            record.add(row | {"needed": statistics.mean(by_work), "needed_most": max(by_work)})
+    record.show(["case", "documents", *(key for name in WAYS for key in (name, f"{name}_most")), "needed"])
 
 
 if __name__ == "__main__":
