@@ -149,7 +149,7 @@ def make_step(case: Case, contender: Contender, world: Any) -> tuple[Callable[[]
     from tools.bench_position_sharing import contiguous
 
     if contender.contiguous:
-        context_parallel.share_positions = contiguous
+        context_parallel.share_positions = contiguous  # type: ignore[assignment]
     sharing = bool(contender.tensors or contender.sequences)
     mine = range(len(case.packs)) if sharing else range(world.rank, len(case.packs), world.size)
     with scratch_folder() as folder:
