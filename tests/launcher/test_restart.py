@@ -244,13 +244,12 @@ def test_without_the_record_of_its_starts_a_run_is_not_restarted_and_this_is_sai
 
 
 def test_a_signal_before_a_restart_ends_it(tmp_path: Path) -> None:
-    process = start(tmp_path, [(3, 1), (3, 1), (9, 0)], wait=30)
-    until(lambda: len(decisions(tmp_path)) == 2, lambda: str(decisions(tmp_path)), 30)  # after the second one
+    process = start(tmp_path, [(3, 1), (3, 1), (9, 0)], wait=600)
+    until(lambda: len(decisions(tmp_path)) == 2, lambda: str(decisions(tmp_path)), 100)  # after the second one
     assert status(tmp_path)["state"] == "restarting"
-    began = time.monotonic()
-    subprocess.run([*LAUNCHER, "stop", str(tmp_path)], check=True, timeout=30, stdout=subprocess.DEVNULL)
-    process.communicate(timeout=10)
-    assert (process.returncode, time.monotonic() - began < 10) == (3, True)
+    subprocess.run([*LAUNCHER, "stop", str(tmp_path)], check=True, timeout=60, stdout=subprocess.DEVNULL)
+    process.communicate(timeout=60)
+    assert process.returncode == 3
     assert decisions(tmp_path)[-1] == ("end", "stopped before the restart")
 
 
