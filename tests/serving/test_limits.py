@@ -73,11 +73,15 @@ def test_an_encoder_decoder_reads_the_prompt_as_its_source(shards: Path, tmp_pat
 
 
 def test_what_the_server_does_not_hold_is_answered_with_429_and_when_to_try_again(served: Served) -> None:
+    go_on = threading.Event()
+    held = served.model.embedding.register_forward_pre_hook(lambda *_: (go_on.wait(60), None)[1])
     with client_of(served, replace(LIMITS, max_sequences=1, max_queue=1)) as (client, batcher):
         batcher.submit([Request([served.tokenizer.bos], max_tokens=60)] * 2)
         answer = ask(client)
         assert problem(answer)[:2] == (429, "overloaded")
         assert answer.headers["Retry-After"] == "1"
+        held.remove()
+        go_on.set()
         while ask(client).status_code == 429:
             time.sleep(0.01)
         assert ask(client).status_code == 200
