@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from bigmodel.config.settings import MetricsSettings, UserError
+from bigmodel.launcher.network import free_port
 from bigmodel.metrics.rank_record import RankRecord, folder_of, folders_of, read_record
 from bigmodel.metrics.recorder import Metrics, Seat, new_start
 from bigmodel.run_directory import read_json
@@ -141,16 +142,15 @@ def test_the_page_outlives_any_rank_and_nothing_outlives_the_last(tmp_path: Path
         assert (found[f"rank_up|{first}"], found[f"rank_up|{1 - first}"]) == (0, 1)
         assert found["steps_total"] == 0  # what rank 0 said last stays
         time.sleep(0.6)  # more than two of the exporter's looks
-        later = samples(endpoint)
         dead, living = (f"rank_heartbeat_timestamp_seconds|{rank}" for rank in (first, 1 - first))
-        assert later[dead] == found[dead]
-        assert later[living] > found[living]
+        until(lambda: samples(endpoint)[living] > found[living], "a heartbeat of the living rank")
+        assert samples(endpoint)[dead] == found[dead]
         assert len(exporters(endpoint)) == 1
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    until(lambda: not exporters(endpoint), "the exporter to end", 3.0)
+    until(lambda: not exporters(endpoint), "the exporter to end")
     assert not list(tmp_path.rglob("*.prometheus.json")) + list(tmp_path.rglob("metrics_endpoint"))
     assert not folders_of(run, node=0)
 
@@ -158,9 +158,7 @@ def test_the_page_outlives_any_rank_and_nothing_outlives_the_last(tmp_path: Path
 def test_a_restart_takes_a_fixed_port_over_and_an_ended_exporter_is_started_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     killed = start_rank(run, 0, port, "one")
     until(lambda: samples(killed.endpoint), "the page")
     (stuck,) = exporters(killed.endpoint)
@@ -186,7 +184,7 @@ def test_a_restart_takes_a_fixed_port_over_and_an_ended_exporter_is_started_agai
         again.wait()
         with contextlib.suppress(ProcessLookupError):
             os.kill(stuck, signal.SIGKILL)
-    until(lambda: not exporters(again.endpoint), "the exporter to end", 3.0)
+    until(lambda: not exporters(again.endpoint), "the exporter to end")
 
 
 def test_what_a_step_left_that_was_killed_with_its_exporter_goes_with_the_next_start(tmp_path: Path) -> None:
@@ -214,7 +212,7 @@ def test_what_a_step_left_that_was_killed_with_its_exporter_goes_with_the_next_s
     finally:
         again.kill()
         again.wait()
-    until(lambda: not exporters(again.endpoint), "the exporter to end", 3.0)
+    until(lambda: not exporters(again.endpoint), "the exporter to end")
     assert not any(path.exists() for path in published)
 
 
