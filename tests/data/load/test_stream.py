@@ -289,7 +289,7 @@ class StuckStore(MemoryStore):
         self.released = threading.Event()
 
     def document(self, source, shard, row):
-        self.released.wait(30)
+        self.released.wait(100)
         return super().document(source, shard, row)
 
 
@@ -299,7 +299,7 @@ def test_close_returns_while_a_read_hangs(streams, monkeypatch):
     stream = streams(store=store)
     began = time.monotonic()
     stream.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 50
     store.released.set()
 
 
@@ -318,10 +318,11 @@ def test_close_ends_the_thread_while_its_steps_are_not_taken(streams):
 def test_waiting_is_measured(streams):
     store = StuckStore()
     stream = streams(store=store)
-    threading.Timer(0.3, store.released.set).start()
+    threading.Timer(1.0, store.released.set).start()
+    began = time.monotonic()
     next(stream)
     waited = stream.wait_seconds
-    assert 0.1 < waited < 30
+    assert 0.1 < waited <= time.monotonic() - began
     time.sleep(0.3)
     next(stream)
     assert stream.wait_seconds < waited
