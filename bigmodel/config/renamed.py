@@ -1,10 +1,11 @@
-"""Settings renamed in version 0.2; the old names are read until 0.3.
+"""Settings renamed in version 0.2; the old names are read until 0.3. Names of other systems, for hints.
 
 A run file with old keys is read with one warning (`bigmodel.config.settings.load_settings`). Files of runs
 (settings.json, checkpoints, the identity of a plan) are read under both names without a warning. The identity of a
 plan is stored and hashed under the old names, so that runs of version 0.1 can resume.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,16 @@ RENAMED = {
     "training": {"packs_per_step": "global_batch_size"},
     "evaluation": {"packs": "sequences"},
 }
+# What Megatron-LM, torchtitan and Hugging Face call what letters alone do not find: a pattern of the whole name -> the
+# remedy.
+ELSEWHERE = {
+    r"model\.(experts\.)?(num|n)_(local_|routed_)?experts": "set model.experts.count",
+    r"model\.(experts\.)?(moe_)?(router_)?(top_?k|num_experts_per_tok(en)?)": "set model.experts.per_token",
+    r"model\.(experts\.)?(num|n)_shared_experts": "set model.experts.shared",
+    r"model\.experts\.(moe_)?intermediate_size": "set model.experts.width",
+    r"training\.(context|sequence)_(model_)?parallel.*": "set training.sequence_parallel_ranks",
+    r"training\.pipeline_(model_)?parallel.*": "bigmodel has no pipeline parallelism; see docs/model-parallel.md",
+}
 NEW_NAMES = {f"{section}.{old}": f"{section}.{new}" for section, keys in RENAMED.items() for old, new in keys.items()}
 OLD_NAMES = {new: old for old, new in NEW_NAMES.items()}
 
@@ -49,6 +60,11 @@ def new_keys(section: str, table: Mapping[str, Any]) -> dict[str, Any]:
         if old in table and new in table:
             raise ValueError(f"{section}.{old} is the old name of {section}.{new}; both are set: remove the first")
     return {renamed.get(key, key): value for key, value in table.items()}
+
+
+def remedy_elsewhere(name: str) -> str:
+    """What to do instead of a setting that other systems have, by its whole name; empty: none is known."""
+    return next((remedy for pattern, remedy in ELSEWHERE.items() if re.fullmatch(pattern, name)), "")
 
 
 def old_keys_in(table: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from bigmodel.config.renamed import NEW_NAMES, new_keys, old_keys_in
+from bigmodel.config.renamed import NEW_NAMES, new_keys, old_keys_in, remedy_elsewhere
 from bigmodel.config.user_error import UserError as UserError
 from bigmodel.config.user_error import without_secrets as without_secrets
 
@@ -242,7 +242,10 @@ def _explain(line: Mapping[str, Any], root: type[Section]) -> str:
 
 
 def _suggestion(location: tuple[Any, ...], root: type[Section]) -> str:
-    """The most similar name in the same section; else the section that has this name."""
+    """The setting that other systems call so; the most similar name in the same section; else the section that has
+    this name."""
+    if remedy := remedy_elsewhere(".".join(map(str, location))):
+        return f"; {remedy}"
     model: Any = root
     for part in location[:-1]:
         if isinstance(part, int):

@@ -2,6 +2,7 @@
 
 import typing
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +439,30 @@ def test_every_field_of_the_schedule_is_always_used_or_declared() -> None:
     decaying = {kind for kind, rate in SCHEDULES.items() if rate(near_the_end, 0.2) != rate(Clock(95, 1, 7, 100), 0.2)}
     for name in ("decay_steps", "decay_tokens"):
         assert decaying == {condition_of(section, name).others["kind"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("model.num_experts", "set model.experts.count"),
+        ("model.experts.n_routed_experts", "set model.experts.count"),
+        ("model.experts.num_experts_per_tok", "set model.experts.per_token"),
+        ("model.moe_router_topk", "set model.experts.per_token"),
+        ("model.experts.n_shared_experts", "set model.experts.shared"),
+        ("model.experts.moe_intermediate_size", "set model.experts.width"),
+        ("training.context_parallel_size", "set training.sequence_parallel_ranks"),
+        ("training.pipeline_model_parallel_size", "bigmodel has no pipeline parallelism; see docs/model-parallel.md"),
+        ("training.tensor_model_parallel_size", "did you mean 'tensor_parallel_ranks'?"),
+        ("training.expert_model_parallel_size", "did you mean 'expert_parallel_ranks'?"),
+    ],
+)
+def test_what_other_systems_call_a_setting_names_ours(name: str, remedy: str) -> None:
+    table: dict[str, Any] = {"model": {"experts": {"count": 4}}, "training": {}}
+    *sections, key = name.split(".")
+    reduce(dict.__getitem__, sections, table)[key] = 2
+    with pytest.raises(UserError) as caught:
+        settings_from_table(table, Path("run.toml"))
+    assert str(caught.value).endswith(f"{name}: unknown setting; {remedy}")
 
 
 @pytest.mark.parametrize(
