@@ -52,6 +52,13 @@ def problem_of_tensor_parallel(settings: Any) -> str:
     return ""
 
 
+def degrees_of(training: Any) -> str:
+    """How many ranks share matrices, packed sequences and experts: "sequence-parallel 2, expert-parallel 4"; empty if
+    none do. training: `TrainingSettings`."""
+    sizes = {kind: getattr(training, f"{kind}_parallel_ranks") for kind in ("tensor", "sequence", "expert")}
+    return ", ".join(f"{kind}-parallel {size}" for kind, size in sizes.items() if size > 1)
+
+
 def refuse_across_nodes(settings: Any, ranks_on_node: int) -> None:
     """Raise `UserError` where ranks of several nodes would share experts or matrices and the settings do not allow it.
     settings: `Settings`. ranks_on_node: 1 where nodes have unequal numbers."""

@@ -12,11 +12,12 @@ from typing import Any
 from bigmodel.config.deepspeed_config import packs_per_micro_batch
 from bigmodel.config.distillation_settings import DistillationSettings
 from bigmodel.config.lora_settings import LoraSettings
+from bigmodel.config.parallel_settings import degrees_of
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.config.start_folder import model_of
 from bigmodel.planning.activation_memory import Taught, activation_parts
 from bigmodel.planning.context import Context
-from bigmodel.planning.parameters import parameters_of
+from bigmodel.planning.parameters import active_of, parameters_of
 from bigmodel.planning.part import Part, Row
 from bigmodel.planning.state_memory import Plan, bytes_of, is_offloaded, state_plan
 from bigmodel.sizes import amount, counted_noun
@@ -115,19 +116,23 @@ def unit_of(number: float) -> tuple[str, int]:
     return ("GiB", GIB) if number >= GIB else ("MiB", GIB // 1024)
 
 
-def headlines(context: Context) -> tuple[str, str]:
-    """What is planned, in lines of less than 80 columns: the model, and how it is trained."""
+def headlines(context: Context) -> list[str]:
+    """What is planned, in lines of less than 80 columns: the model, how it is trained, and degrees if ranks share."""
     settings = context.settings
     parameters = parameters_of(settings, context.vocabulary)
     numel = sum(one.numel for one in parameters)
     trained = sum(one.numel for one in parameters if one.is_trained)
-    of_them = f" ({trained:,} trained)" if trained < numel else ""
+    parts = [f"{active_of(parameters, settings):,} active"] if settings.model.experts else []
+    parts += [f"{trained:,} trained"] if trained < numel else []
+    of_them = f" ({', '.join(parts)})" if parts else ""
+    degrees = degrees_of(settings.training)
     size = f"{packs_per_micro_batch(context.effective)} x {settings.data.sequence_length:,} tokens"
-    return (
+    return [
         f"{numel:,} parameters{of_them}, vocabulary {context.vocabulary:,}",
         f"{settings.training.precision}, {settings.optimizer.kind}, {counted_noun(context.ranks, 'rank')}, "
         f"micro-batches of {size}",
-    )
+        *([degrees] if degrees else []),
+    ]
 
 
 def _numbers(plan: Plan) -> dict[str, Any]:

@@ -83,6 +83,13 @@ def shared_of(parameters: Sequence[Parameter], settings: Settings) -> list[Param
     return [one for one in parameters if one.is_of_experts and settings.training.expert_parallel_ranks > 1]
 
 
+def active_of(parameters: Sequence[Parameter], settings: Settings) -> int:
+    """How many of them a token passes: of experts its share, of all else everything."""
+    experts = settings.model.experts
+    unused = 1 - experts.per_token / experts.count if experts else 0.0
+    return sum(one.numel - round(one.numel * unused if one.is_of_experts else 0) for one in parameters)
+
+
 def _transformer(model: ModelSettings, vocabulary: int) -> Iterator[Parameter]:
     yield Parameter("embedding.weight", (vocabulary, model.hidden_size), "embedding")
     yield from _input("input.", model)

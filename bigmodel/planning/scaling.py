@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from bigmodel.config.settings import Settings, UserError, positions_before
 from bigmodel.planning.context import Context
-from bigmodel.planning.parameters import parameters_of
+from bigmodel.planning.parameters import active_of, parameters_of
 from bigmodel.planning.part import Part, Row
 
 TITLE = "Scaling law"
@@ -103,10 +103,7 @@ def law_of(table: Mapping[str, Any]) -> Law:
 
 def size_of(settings: Settings, vocabulary: int) -> tuple[int, int]:
     """Parameters, as in the law, and tokens of the run. `vocabulary`: rows of the embedding."""
-    experts = settings.model.experts
-    unused = 1 - experts.per_token / experts.count if experts else 0.0
-    sizes = ((one.numel, unused if one.is_of_experts else 0.0) for one in parameters_of(settings, vocabulary))
-    parameters = sum(numel - round(numel * share) for numel, share in sizes)
+    parameters = active_of(parameters_of(settings, vocabulary), settings)
     return parameters, positions_before(settings.training.steps, settings)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.deepspeed_json import without_effect
-from bigmodel.config.parallel_settings import refuse_across_nodes
+from bigmodel.config.parallel_settings import degrees_of, refuse_across_nodes
 from bigmodel.config.settings import Settings, UserError, to_toml_table
 from bigmodel.data.advice.lane_advice import lane_warning, padding_warning
 from bigmodel.data.load.stream import Step, Stream
@@ -89,7 +89,7 @@ from bigmodel.training.start import new_model
 from bigmodel.training.summary import show_summary, summarize
 from bigmodel.training.teacher import in_words, open_teacher, refuse_another, state_of
 from bigmodel.training.token_vectors import read_vectors
-from bigmodel.training.trained import passes, size_of
+from bigmodel.training.trained import active_of, passes, size_of
 from bigmodel.training.zero.engine import Engine
 from bigmodel.training.zero.norms import Norms
 
@@ -647,12 +647,17 @@ def _state(
 def _opening(
     settings: Settings, model: Transformer, world_size: int, first_step: int, packs: int, endpoint: str
 ) -> str:
-    sizes = [(size_of(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    size, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-    of_them = f" ({trained:,} trained)" if trained < size else ""
+    """The first line of a start: model, ranks, step, and where to look."""
+    size = sum(map(size_of, model.parameters()))
+    trained = sum(size_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    parts = [f"{active_of(model):,} active"] if settings.model.experts else []
+    parts += [f"{trained:,} trained"] if trained < size else []
+    of_them = f" ({', '.join(parts)})" if parts else ""
+    degrees = degrees_of(settings.training)
+    shared = f" ({degrees})" if degrees else ""
     start = f"resuming at step {first_step}" if first_step else "starting"
     return (
-        f"{start}: {size:,} parameters{of_them}, {counted_noun(world_size, 'rank')}, "
+        f"{start}: {size:,} parameters{of_them}, {counted_noun(world_size, 'rank')}{shared}, "
         f"{counted_noun(packs, 'packed sequence')} of {settings.data.sequence_length} tokens a step, "
         f"run directory {settings.run.directory}, metrics on http://{endpoint}/metrics"
     )

@@ -42,14 +42,12 @@ def passes(model: nn.Module) -> float:
     The gradient of a frozen matrix is not computed. Adapters count as passes through the matrices that they belong to.
     Of experts count as many as a token passes.
     """
-    experts = getattr(model.settings, "experts", None)
-    active = experts.per_token / experts.count if experts else 1.0
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     used = [
         id(module.weight) for module in model.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)
     ]
     matrices = {
-        name: (size_of(parameter) * (active if parameter_rank(parameter) == 3 else 1), parameter.requires_grad)
+        name: (_passed(parameter, model), parameter.requires_grad)
         for name, parameter in model.named_parameters()
         if parameter_rank(parameter) >= 2 and (id(parameter) not in embedded or used.count(id(parameter)) > 1)
     }
@@ -57,6 +55,18 @@ def passes(model: nn.Module) -> float:
         return 3
     own = sum(size for name, (size, _) in matrices.items() if ".lora." not in name)
     return sum(size * (2 + is_trained) for size, is_trained in matrices.values()) / own
+
+
+def active_of(model: nn.Module) -> int:
+    """Elements of the parameters that a token passes: of experts its share, of all else everything."""
+    return round(sum(_passed(parameter, model) for parameter in model.parameters()))
+
+
+def _passed(parameter: nn.Parameter, model: nn.Module) -> float:
+    """Elements of the parameter that a token passes. Only experts' have three dimensions."""
+    experts = getattr(model.settings, "experts", None)
+    share = experts.per_token / experts.count if experts and parameter_rank(parameter) == 3 else 1
+    return size_of(parameter) * share
 
 
 def is_hidden(name: str) -> bool:

@@ -12,7 +12,7 @@ from bigmodel.config.settings import Settings, load_settings, positions_before
 from bigmodel.inspect.memory import activation_bytes, state_bytes
 from bigmodel.pictures import MEMORY
 from bigmodel.planning.context import Context, cluster_of_ranks, context_of
-from bigmodel.planning.memory import GIB, PARTS, memory_of, memory_part, stages_of, tensors_of
+from bigmodel.planning.memory import GIB, PARTS, headlines, memory_of, memory_part, stages_of, tensors_of
 from bigmodel.planning.parameters import parameters_of
 from bigmodel.planning.show_memory import show_memory
 from tests.planning.test_activation_memory import MODEL, model_of, table_of
@@ -110,6 +110,12 @@ def test_ranks_that_share_experts_hold_a_part_of_them() -> None:
     assert parts[1]["weights"] == parts[0]["weights"], "of all ranks together every expert once"
     assert parts[0]["gathered weights"] - parts[1]["gathered weights"] == 2 * of_experts * 3 // 4
     assert four["framework"] > one["framework"]
+    total = sum(one.numel for one in parameters_of(alone.settings, TOKENS))
+    model, trained = headlines(alone)
+    assert model.startswith(f"{total:,} parameters ({total - of_experts * 6 // 8:,} active), "), (
+        "2 of 8 experts a token"
+    )
+    assert headlines(shared) == [model, trained, "expert-parallel 4"]
 
 
 def test_tensor_parallel_ranks_hold_a_part_of_the_matrices() -> None:

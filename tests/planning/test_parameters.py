@@ -7,8 +7,9 @@ from torch import nn
 
 from bigmodel.config.settings import Settings
 from bigmodel.inspect.memory import model_without_memory
-from bigmodel.planning.parameters import parameters_of
+from bigmodel.planning.parameters import active_of, parameters_of
 from bigmodel.training.optimizers.groups import rows_of_parts
+from bigmodel.training.trained import active_of as active_of_model
 
 ROWS = 96
 SMALL = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
@@ -103,3 +104,12 @@ def test_they_are_those_of_the_built_model(case: str) -> None:
     planned = parameters_of(settings, ROWS)
     assert len({one.name for one in planned}) == len(planned)
     assert {one.name: (one.shape, one.role, one.is_trained, one.rows) for one in planned} == built
+    assert active_of(planned, settings) == active_of_model(model)
+
+
+def test_active_parameters_are_the_experts_that_a_token_passes() -> None:
+    settings = CASES["mixtral"]
+    planned = parameters_of(settings, ROWS)
+    experts = sum(one.numel for one in planned if ".experts." in one.name and len(one.shape) == 3)
+    assert experts, "there are experts"
+    assert sum(one.numel for one in planned) - active_of(planned, settings) == experts * 6 // 8
