@@ -16,11 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bigmodel.config.classification_settings import problem_of_classification
 from bigmodel.config.deepspeed_json import Source, device_of, passed, value_at, written
 from bigmodel.config.deepspeed_keys import VERSION
 from bigmodel.config.deepspeed_optimizer import fill_optimizer, settle_optimizer
 from bigmodel.config.deepspeed_row import AUTO
 from bigmodel.config.deepspeed_schedule import fill_schedule, settle_schedule
+from bigmodel.config.expert_settings import problem_beside_experts
+from bigmodel.config.parallel_settings import problem_of_sharing, problem_of_tensor_parallel
+from bigmodel.config.recurrent_settings import problem_beside_recurrent
 from bigmodel.config.settings import Settings, num_micro_batches, problem_of_rates
 from bigmodel.sizes import counted_noun
 from bigmodel.training.optimizers.table import OPTIMIZERS
@@ -141,9 +145,19 @@ def _settle(config: dict[str, Any], settings: Settings, source: Source) -> Setti
     settings = _settle_monitors(config, settings, source)
     settings = settle_schedule(config, settings, source)
     settings = settle_optimizer(config, settings, source)
-    if problem := problem_of_rates(settings):
+    if not source.problems and (problem := _problem_of_sections(settings)):
         source.problem(f"with the settings of the run file: {problem}")
     return settings
+
+
+def _problem_of_sections(settings: Settings) -> str:
+    """Why what may come from the JSON (optimizer, rates, ranks that share a sequence) does not fit the run file."""
+    problems = [problem_of_rates, problem_of_tensor_parallel, problem_of_sharing, problem_beside_experts]
+    if settings.model.is_recurrent:
+        problems.append(problem_beside_recurrent)
+    if settings.classification.classes:
+        problems.append(problem_of_classification)
+    return next((found for problem_of in problems if (found := problem_of(settings))), "")
 
 
 def _settle_precision(config: dict[str, Any], settings: Settings, source: Source) -> Settings:

@@ -190,6 +190,25 @@ def test_ranks_that_share_packs_have_more_micro_batches(tmp_path: Path) -> None:
     assert words.endswith("training.global_batch_size = 16")
 
 
+@pytest.mark.parametrize(
+    ("size", "sections", "said"),
+    [
+        (3, {}, "sequence_parallel_ranks = 3 does not fit model.num_heads = 4"),
+        (2, {"training": {"tensor_parallel_ranks": 2}}, "tensor-parallel ranks share the positions already"),
+        (2, {"model": {"num_mtp_modules": 1}}, "without MTP modules"),
+    ],
+)
+def test_what_the_json_sets_has_to_fit_the_run_file(
+    tmp_path: Path, size: int, sections: dict[str, Any], said: str
+) -> None:
+    model = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 96}
+    words = refusal(
+        tmp_path, {"sequence_parallel_size": size}, 12, **sections | {"model": model | sections.get("model", {})}
+    )
+    assert "with the settings of the run file: training.sequence_parallel_ranks" in words
+    assert said in words
+
+
 def test_ranks_that_share_experts_divide_all_and_partition_them_among_themselves(tmp_path: Path) -> None:
     sections = {"model": {"experts": {"count": 4}}, "training": {"expert_parallel_ranks": 2}}
     effective, _ = resolve(tmp_path, {"zero_optimization": {"stage": 2}}, 4, **sections)
