@@ -566,9 +566,12 @@ def probe(
     if settings and world_size:
         from bigmodel.config.deepspeed_config import resolve_deepspeed
         from bigmodel.config.parallel_settings import refuse_across_nodes
+        from bigmodel.planning.context import manifest_of, vocabulary_of
 
         resolve_deepspeed(settings, world_size)
         refuse_across_nodes(settings, ranks_per_node or world_size)
+        if manifest_of(settings):
+            vocabulary_of(settings)
         return
     from bigmodel.inspect.probe import probe as run
 

@@ -73,6 +73,15 @@ def refuse_across_nodes(settings: Any, ranks_on_node: int) -> None:
             )
 
 
+def refuse_undivided_rows(size: int, rows: int) -> None:
+    """Raise `UserError` where `size` tensor-parallel ranks cannot divide the rows of the embedding."""
+    if rows % size:
+        raise UserError(
+            f"training.tensor_parallel_ranks = {size} does not divide the {rows} rows of the embedding; set "
+            f"model.vocabulary_multiple = {size}"
+        )
+
+
 def problem_of_sharing(settings: Any) -> str:
     """Why `training.sequence_parallel_ranks` does not fit other settings; empty if it does. settings: `Settings`, which
     imports this."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
-from bigmodel.config.parallel_settings import refuse_across_nodes
+from bigmodel.config.parallel_settings import refuse_across_nodes, refuse_undivided_rows
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.store.manifest import MANIFEST, Manifest
@@ -60,7 +60,9 @@ def vocabulary_of(settings: Settings, tokens: int = 0) -> int:
     if not tokens:
         manifest = manifest_of(settings)
         tokens = manifest.vocabulary if manifest else _tokens_of(settings)
-    return settings.model.num_rows(tokens + num_special_tokens(settings.data))
+    rows = settings.model.num_rows(tokens + num_special_tokens(settings.data))
+    refuse_undivided_rows(settings.training.tensor_parallel_ranks, rows)
+    return rows
 
 
 def _tokens_of(settings: Settings) -> int:

@@ -85,6 +85,16 @@ def test_nodes_too_small_for_ranks_that_share_experts_are_refused_before_anythin
     assert answer.stderr.startswith("launcher: 4 ranks: training.expert_parallel_ranks = 4 with 2 ranks on a node")
 
 
+def test_a_vocabulary_that_tensor_parallel_ranks_cannot_divide_is_refused_before_anything_starts(
+    tmp_path: Path, shards: Path
+) -> None:
+    shared = ["--set", "training.tensor_parallel_ranks=2", "--set", "model.vocabulary_multiple=100001"]
+    answer = launch_command("local", str(write_run(tmp_path, shards)), "--ranks", "2", *shared)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("launcher: 2 ranks: training.tensor_parallel_ranks = 2 does not divide the 100001")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_stopped_from_its_directory_and_refuses_a_second_one(tmp_path: Path, shards: Path) -> None:
     run_file, run = write_run(tmp_path, shards), tmp_path / "run"
     command = [*COMMAND, "local", str(run_file), *steps(1_000_000)]

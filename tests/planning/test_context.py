@@ -54,6 +54,13 @@ def test_a_tokenizer_that_cannot_be_read_names_the_option(tmp_path: Path, text: 
     assert vocabulary_of(settings, 300) == 300
 
 
+def test_a_plan_of_tensor_parallel_ranks_needs_rows_that_they_divide(tmp_path: Path) -> None:
+    training = {"tensor_parallel_ranks": 2}
+    with pytest.raises(UserError, match=r"= 2 does not divide the 301 rows .* set model.vocabulary_multiple = 2"):
+        vocabulary_of(settings_of(tmp_path, training=training), 301)
+    assert vocabulary_of(settings_of(tmp_path, training=training, model={"vocabulary_multiple": 2}), 301) == 302
+
+
 def test_the_ranks_are_those_of_the_cluster(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, training={"precision": "bf16", "global_batch_size": 32})
     context = context_of(settings, Cluster(nodes=2, gpus_per_node=8), 300)

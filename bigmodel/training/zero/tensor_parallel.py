@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bigmodel.config.settings import UserError
+from bigmodel.config.parallel_settings import refuse_undivided_rows
 from bigmodel.data.load.batch import Batch
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.layers import FeedForward, Linear, product
@@ -96,12 +96,7 @@ def parts_of(model: Transformer, size: int, rank: int) -> dict[str, Part]:
         if linear.bias is not None:
             by_rows(linear.bias, linear.parts)
 
-    vocabulary = model.embedding.num_embeddings
-    if vocabulary % size:
-        raise UserError(
-            f"training.tensor_parallel_ranks = {size} does not divide the {vocabulary} rows of the embedding; set "
-            f"model.vocabulary_multiple = {size}"
-        )
+    refuse_undivided_rows(size, model.embedding.num_embeddings)
     by_rows(model.embedding.weight)
     by_rows(model.head.weight)  # which may be the same
     for module in model.modules():
