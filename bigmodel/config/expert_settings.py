@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from bigmodel.config.sections import Section, setting
+from bigmodel.config.sections import SET, Section, setting
 
 # They change no weight's shape and no evaluation.
 TRAINING_ONLY = ("balance_weight", "bias_rate", "router_z_weight", "capacity_factor", "min_capacity")
@@ -51,7 +51,12 @@ class ExpertSettings(Section):
         description="in training, of the first n tokens of a document an expert takes at most this times per_token * n "
         "/ count, the first that come; the others pass it by, and are counted. 0: no limit",
     )
-    min_capacity: int = Field(4, ge=1, description="tokens of a document that an expert takes in any case")
+    min_capacity: int = setting(
+        4,
+        only_with={"capacity_factor": SET},
+        ge=1,
+        description="tokens of a document that an expert takes in any case",
+    )
     balance: Literal["loss", "bias", "none"] = Field(
         "loss",
         description="loss: count * sum of load * mean score over the experts of a layer (Switch Transformer, with all "

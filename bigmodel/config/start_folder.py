@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bigmodel.config.expert_settings import TRAINING_ONLY
+from bigmodel.config.expert_settings import TRAINING_ONLY, ExpertSettings
 from bigmodel.config.huggingface import read_config
 from bigmodel.config.json_file import read_json
 from bigmodel.config.model_settings import DRAWN, ModelSettings
-from bigmodel.config.sections import SAVED
+from bigmodel.config.sections import SAVED, without_effect
 from bigmodel.config.user_error import UserError
 
 SHAPES = (
@@ -55,9 +55,8 @@ def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     done = {**table, "model": settings | {"min_vocabulary": rows} | model}
     if theirs.experts is not None:
         given, inherited = model.get("experts", {}), settings["experts"]
-        if given.get("balance", theirs.experts.balance) != theirs.experts.balance:  # theirs are of another balance
-            inherited = {name: value for name, value in inherited.items() if name not in TRAINING_ONLY}
-        done["model"]["experts"] = inherited | given
+        unread = without_effect(ExpertSettings.model_construct(**inherited | given))  # of another balance, say
+        done["model"]["experts"] = {name: value for name, value in inherited.items() if name not in unread} | given
     prepare = table.get("prepare", {})
     has_own = not isinstance(prepare, dict) or {"tokenizer", "vocabulary"} & set(prepare)
     if not has_own and (tokenizer / "tokenizer.json").is_file():

@@ -211,13 +211,14 @@ def within_capacity(chosen_TE: Tensor, positions_T: Tensor, settings: ExpertSett
     capacity 1 1 2 2 3 3 4 4, kept 1 0 1 0 - 1 - 1.
     """
     positions, rate = len(positions_T), settings.capacity_factor * settings.per_token / settings.count
-    most = max(settings.min_capacity, math.ceil(rate * positions))
-    capacity_T = ((positions_T + 1).double() * rate).ceil().long().clamp(min=settings.min_capacity)
+    # A capacity of all positions drops nothing; a larger one may exceed int64.
+    capacity_T = ((positions_T + 1).double() * rate).clamp(max=positions).ceil().long()
+    capacity_T = capacity_T.clamp(min=min(settings.min_capacity, positions))
     taken_TE, first_T = chosen_TE.cumsum(0), torch.arange(positions, device=positions_T.device) - positions_T
     before_TE = (taken_TE - chosen_TE)[first_T]  # by earlier documents
     room_TE = capacity_T[:, None] - (taken_TE - before_TE)
     # Each document's room lies below all earlier ones': one running minimum serves all.
-    below_T1 = (positions_T == 0).cumsum(0)[:, None] * (most + positions + 1)
+    below_T1 = (positions_T == 0).cumsum(0)[:, None] * (2 * positions + 1)
     least_TE = ((room_TE - below_T1).cummin(0).values + below_T1).clamp(max=0)
     least_before_TE = least_TE.roll(1, 0).masked_fill(positions_T[:, None] == 0, 0)
     return (chosen_TE > 0) & (least_TE == least_before_TE)

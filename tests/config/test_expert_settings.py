@@ -33,7 +33,8 @@ def test_a_start_from_a_run_takes_its_experts(tmp_path: Path) -> None:
     def completed_with(model: dict[str, Any]) -> dict[str, Any]:
         return completed({"model": {"from": str(tmp_path)} | model}, tmp_path / "new.toml")["model"]
 
-    saved = ModelSettings(experts=EXPERTS | {"width": 48, "balance_weight": 0.25}).model_dump(mode="json")
+    experts = {"width": 48, "balance_weight": 0.25, "capacity_factor": 1.25, "min_capacity": 8}
+    saved = ModelSettings(experts=EXPERTS | experts).model_dump(mode="json")
     (tmp_path / "settings.json").write_text(json.dumps({"data": {"directory": "data"}}))
     (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
     state = tmp_path / "checkpoints/step-00000004/state.json"
@@ -43,6 +44,8 @@ def test_a_start_from_a_run_takes_its_experts(tmp_path: Path) -> None:
     assert (more["count"], more["width"], more["balance_weight"]) == (4, 48, 0.5)
     other = completed_with({"experts": {"balance": "bias"}})["experts"]
     assert (other["balance"], "balance_weight" in other) == ("bias", False)
+    assert (other["capacity_factor"], other["min_capacity"]) == (1.25, 8)
+    assert "min_capacity" not in completed_with({"experts": {"capacity_factor": 0}})["experts"]
     with pytest.raises(UserError, match=r"new.toml: model.experts: not those of model.from .* leave them out"):
         completed_with({"experts": {"count": 8}})
     biased = ModelSettings(experts=EXPERTS | {"balance": "bias"}).model_dump(mode="json")

@@ -130,6 +130,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "model.rope_scaling.attention_factor": (1.5, LLAMA3 | LENGTH, 'set kind = "yarn"', YARN | LENGTH),
     "model.experts.balance_weight": (0.5, {"count": 4, "balance": "bias"}, 'set balance = "loss"', {"count": 4}),
     "model.experts.bias_rate": (0.1, {"count": 4}, 'set balance = "bias"', {"count": 4, "balance": "bias"}),
+    "model.experts.min_capacity": (8, {"count": 4}, "set capacity_factor", {"count": 4, "capacity_factor": 1.0}),
     "lora.alpha": (8.0, {}, "without rank; leave it out or set rank", {"rank": 4}),
     "lora.rslora": (True, {}, "without rank; leave it out or set rank", {"rank": 4}),
     "lora.dropout": (0.1, {}, "without rank; leave it out or set rank", {"rank": 4}),

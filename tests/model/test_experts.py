@@ -354,6 +354,16 @@ def test_a_large_capacity_drops_nothing_bit_for_bit() -> None:
     assert all(torch.equal(one, results[1][1][name]) for name, one in results[0][1].items())
 
 
+@pytest.mark.parametrize(
+    "capacity", [{"capacity_factor": value} for value in (1e18, 1e308)] + [{"min_capacity": 10**30}]
+)
+def test_a_capacity_beyond_64_bits_drops_nothing(capacity: dict[str, Any]) -> None:
+    settings = ExpertSettings(**{"count": 8, "per_token": 2, "capacity_factor": 0.5} | capacity)
+    positions_T = torch.cat([torch.arange(40), torch.arange(8), torch.zeros(3, dtype=torch.long)])
+    chosen_TE = torch.zeros(len(positions_T), 8, dtype=torch.long).index_fill(1, torch.tensor([0, 3]), 1)
+    assert torch.equal(within_capacity(chosen_TE, positions_T, settings), chosen_TE > 0)
+
+
 def test_drops_depend_on_earlier_tokens_of_the_same_document_alone() -> None:
     """Other micro-batches, later tokens and other documents change no output; an earlier token does."""
     model, batch = model_of(experts={"capacity_factor": 0.5, "min_capacity": 1}).double(), batch_of(range(4))
