@@ -378,6 +378,15 @@ def test_weights_that_nothing_takes_or_that_are_missing_are_listed_by_name() -> 
     )
 
 
+def test_joined_experts_are_named_with_the_remedy() -> None:
+    model = made("mixtral", num_local_experts=3)
+    joined = {"model.layers.0.mlp.experts.gate_up_proj": torch.ones(3, 2, 48)}
+    with pytest.raises(
+        UserError, match=r"0\.mlp\.experts\.gate_up_proj: .* are joined.*; load .* and save it with save_"
+    ):
+        from_transformers(model.config.to_dict(), model.state_dict() | joined)
+
+
 def test_a_classification_model_is_named_as_the_reason_where_only_the_output_matrix_is_missing() -> None:
     model = made("llama")
     state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}

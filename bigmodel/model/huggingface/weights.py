@@ -50,6 +50,7 @@ MTP = "eh_proj.weight"  # of GLM's modules
 CLASS_HEAD = "score.weight"  # of decoders
 NO_COPIES = "no copies, as config.json says, of the weight in brackets"
 OF_EXPERTS = (".experts.gate_up", ".experts.down")
+JOINED = ".experts.gate_up_proj"  # one matrix for all experts of a layer
 EXPERTS = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2")}  # their layer, gate, up and down
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -104,6 +105,11 @@ def check(names: Names, settings: ModelSettings, theirs: Mapping[str, Tensor], v
     """Raise `UserError` with all weights that are missing, that nothing takes, that differ from what they should be a
     copy of, and whose type or shape does not fit. `vocabulary`: rows of the embedding; 0: as many as there are."""
     wanted = [name for parts in names.values() for name, _ in parts]
+    if joined := [name for name in theirs if name.endswith(JOINED)]:
+        raise UserError(
+            f"{joined[0]}: the experts of a layer are joined, as transformers 5 writes them with "
+            "save_original_format=False; load the folder there and save it with save_original_format=True"
+        )
     copies = dict(T5_COPIES) if settings.kind == "encoder_decoder" else {}
     if settings.tied_embeddings:
         copies["lm_head.weight"] = names["embedding.weight"][0][0]
