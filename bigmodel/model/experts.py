@@ -178,10 +178,10 @@ class MixtureOfExperts(nn.Module):
     def _keep(self, experts_TK: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """How often each expert was chosen, (E,); the choices, that of no expert where one is beyond its capacity."""
         count = self.settings.count
-        chosen_TE = experts_TK.new_zeros((len(experts_TK), count + 1)).scatter_(1, experts_TK, 1)[:, :count]
-        kept_TE = within_capacity(chosen_TE, positions_T, self.settings)
-        dropped_TK = ~kept_TE.gather(1, experts_TK.clamp(max=count - 1))
-        return chosen_TE.sum(0), experts_TK.masked_fill(dropped_TK, count)
+        chosen_ET = experts_TK.new_zeros((count + 1, len(experts_TK))).scatter_(0, experts_TK.T, 1)[:count]
+        kept_ET = within_capacity(chosen_ET, positions_T, self.settings)
+        dropped_TK = ~kept_ET.gather(0, experts_TK.T.clamp(max=count - 1)).T
+        return chosen_ET.sum(1), experts_TK.masked_fill(dropped_TK, count)
 
     def terms(self, logits_TE: Tensor, scores_TE: Tensor, weight_T: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's balance loss and z-loss, times their weights; the sum of logsumexp(logits)^2, detached."""
@@ -196,8 +196,9 @@ class MixtureOfExperts(nn.Module):
         return term, z_sum.detach()
 
 
-def within_capacity(chosen_TE: Tensor, positions_T: Tensor, settings: ExpertSettings) -> Tensor:
-    """(T, E) bool: where a choice, 1 in `chosen_TE` (int64), is kept.
+def within_capacity(chosen_ET: Tensor, positions_T: Tensor, settings: ExpertSettings) -> Tensor:
+    """(E, T) bool: where a choice, 1 in `chosen_ET` (int64), is kept. positions_T: from 0, without gaps, in each
+    document; a GPU's scans are parallel along the last dimension only.
 
     Of the first n tokens of its document an expert takes at most
 
@@ -214,14 +215,14 @@ def within_capacity(chosen_TE: Tensor, positions_T: Tensor, settings: ExpertSett
     # A capacity of all positions drops nothing; a larger one may exceed int64.
     capacity_T = ((positions_T + 1).double() * rate).clamp(max=positions).ceil().long()
     capacity_T = capacity_T.clamp(min=min(settings.min_capacity, positions))
-    taken_TE, first_T = chosen_TE.cumsum(0), torch.arange(positions, device=positions_T.device) - positions_T
-    before_TE = (taken_TE - chosen_TE)[first_T]  # by earlier documents
-    room_TE = capacity_T[:, None] - (taken_TE - before_TE)
+    taken_ET, first_T = chosen_ET.cumsum(1), torch.arange(positions, device=positions_T.device) - positions_T
+    before_ET = (taken_ET - chosen_ET)[:, first_T]  # by earlier documents
+    room_ET = capacity_T - (taken_ET - before_ET)
     # Each document's room lies below all earlier ones': one running minimum serves all.
-    below_T1 = (positions_T == 0).cumsum(0)[:, None] * (2 * positions + 1)
-    least_TE = ((room_TE - below_T1).cummin(0).values + below_T1).clamp(max=0)
-    least_before_TE = least_TE.roll(1, 0).masked_fill(positions_T[:, None] == 0, 0)
-    return (chosen_TE > 0) & (least_TE == least_before_TE)
+    below_T = (positions_T == 0).cumsum(0) * (2 * positions + 1)
+    least_ET = ((room_ET - below_T).cummin(1).values + below_T).clamp(max=0)
+    least_before_ET = least_ET.roll(1, 1).masked_fill(positions_T == 0, 0)
+    return (chosen_ET > 0) & (least_ET == least_before_ET)
 
 
 def _within_groups(ranked_TE: Tensor, groups: int, per_token: int) -> Tensor:

@@ -318,8 +318,8 @@ def test_an_expert_takes_the_first_tokens_of_a_document_up_to_its_capacity(capac
     preferred = torch.tensor([9.0, 9.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0])
     experts_TK = torch.multinomial(preferred.expand(sum(lengths), 8), 2, generator=generator)
     positions_T = torch.cat([torch.arange(length) for length in lengths])
-    chosen_TE = torch.zeros(sum(lengths), 8, dtype=torch.long).scatter_(1, experts_TK, 1)
-    kept_TE = within_capacity(chosen_TE, positions_T, settings)
+    chosen_ET = torch.zeros(8, sum(lengths), dtype=torch.long).scatter_(0, experts_TK.T, 1)
+    kept_TE = within_capacity(chosen_ET, positions_T, settings).T
     by_hand = kept_by_hand(experts_TK.tolist(), positions_T.tolist(), settings)
     assert kept_TE.gather(1, experts_TK).tolist() == by_hand
     assert kept_TE.sum() == kept_TE.gather(1, experts_TK).sum(), "what is not chosen is not kept"
@@ -360,8 +360,8 @@ def test_a_large_capacity_drops_nothing_bit_for_bit() -> None:
 def test_a_capacity_beyond_64_bits_drops_nothing(capacity: dict[str, Any]) -> None:
     settings = ExpertSettings(**{"count": 8, "per_token": 2, "capacity_factor": 0.5} | capacity)
     positions_T = torch.cat([torch.arange(40), torch.arange(8), torch.zeros(3, dtype=torch.long)])
-    chosen_TE = torch.zeros(len(positions_T), 8, dtype=torch.long).index_fill(1, torch.tensor([0, 3]), 1)
-    assert torch.equal(within_capacity(chosen_TE, positions_T, settings), chosen_TE > 0)
+    chosen_ET = torch.zeros(8, len(positions_T), dtype=torch.long).index_fill(0, torch.tensor([0, 3]), 1)
+    assert torch.equal(within_capacity(chosen_ET, positions_T, settings), chosen_ET > 0)
 
 
 def test_drops_depend_on_earlier_tokens_of_the_same_document_alone() -> None:
