@@ -10,14 +10,13 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 from bigmodel.checks.audit import audit
 from bigmodel.config.settings import load_settings
 from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.run_directory import read_json_lines
 from tests.metrics.test_recorder import samples, until
-from tests.support.launched import ranks_of, steps_of, wait_for_step
+from tests.support.launched import ranks_of, steps_of
 from tests.support.ranks import finish, kill, run_ranks, start_ranks
 from tests.support.tiny_run import write_run
 
@@ -25,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 EVALUATION_SECONDS = 0.5
 CLOCK_ERROR_SECONDS = 0.1  # a process's start is known in ticks, and a clock may be set while it runs
 ROOM_BYTES = 200_000  # for any one file: less than a rank's share of a checkpoint
-TIMEOUT_SECONDS = 5.0
+TIMEOUT_SECONDS = 10.0  # also of the start, where a rank of a busy machine may be seconds behind
 
 
 def ledger_of(run: Path) -> RunAccounting:
@@ -48,27 +47,41 @@ def edited(run_file: Path, **changes: str) -> Path:
 
 
 def train_with_slow_evaluations(run_file: Path, dies_in: int, clock: str) -> int:
-    """On a rank: train; time each evaluation by a clock of our own; killed in the middle of evaluation `dies_in`."""
+    """On a rank: train; time each evaluation by two clocks of our own; killed in the middle of evaluation `dies_in`.
+
+    The clocks: the evaluation alone; and from before the end of the step until it is recorded.
+    """
     from bigmodel.metrics.recorder import Metrics
     from bigmodel.training import loop
 
     rank = os.environ["RANK"]
-    taken: list[float] = []
+    taken: list[tuple[float, float]] = []
     run_file.with_suffix(f".{clock}-began.{rank}").write_text(repr(time.time()))
 
     evaluate = loop.Validation.run
 
     def run(self, *arguments, **named):
-        began = time.time()
+        began = time.perf_counter()
         time.sleep(EVALUATION_SECONDS)
         if len(taken) + 1 == dies_in:
             os.kill(os.getpid(), signal.SIGKILL)
         found = evaluate(self, *arguments, **named)
-        taken.append(time.time() - began)
-        run_file.with_suffix(f".{clock}.{rank}").write_text(repr(taken))
+        Watched.taken = time.perf_counter() - began
         return found
 
     class Watched(Metrics):
+        taken = before = 0.0
+
+        def lap(self) -> float:
+            self.before = time.perf_counter()
+            return super().lap()
+
+        def record_evaluation(self, *arguments, **named) -> None:
+            before = self.before
+            super().record_evaluation(*arguments, **named)
+            taken.append((self.taken, time.perf_counter() - before))
+            run_file.with_suffix(f".{clock}.{rank}").write_text(repr(taken))
+
         def close(self, ending: str = "failed") -> None:
             phases = self._rank.samples("")["phase_seconds"]
             run_file.with_suffix(f".phases.{rank}").write_text(repr({phase: value for (_, phase), value in phases}))
@@ -93,16 +106,17 @@ def test_evaluations_take_what_an_independent_clock_says_and_the_books_close(tmp
     assert (len(first), len(second)) == (2, 2)
     run = tmp_path / "run"
     run_accounting = ledger_of(run)
-    assert run_accounting.seconds["evaluation"] == pytest.approx(sum(first) + second[1], rel=0.05)
-    assert run_accounting.seconds["replay"] >= second[0]
+    shortest, longest = (sum(one) for one in zip(*first, second[1], strict=True))
+    assert shortest <= run_accounting.seconds["evaluation"] <= longest
+    assert run_accounting.seconds["replay"] >= second[0][0]
     assert run_accounting.counts["evaluations"] == 3
-    assert run_accounting.counts["evaluation_seconds"] == pytest.approx(
-        sum(first) + second[1] - 3 * EVALUATION_SECONDS, abs=0.1
-    )
+    assert 0 < run_accounting.counts["evaluation_seconds"] <= shortest - 3 * EVALUATION_SECONDS
     for rank in (0, 1):
-        by_clock = eval(run_file.with_suffix(f".second.{rank}").read_text())
+        shortest, longest = (
+            sum(one) for one in zip(*eval(run_file.with_suffix(f".second.{rank}").read_text()), strict=True)
+        )
         by_phase = eval(run_file.with_suffix(f".phases.{rank}").read_text())["evaluation"]
-        assert by_phase == pytest.approx(sum(by_clock), rel=0.05)
+        assert shortest <= by_phase <= longest
     assert [finding for finding in audit(run) if not finding.holds] == []
     assert run_accounting.began is not None
     assert began - CLOCK_ERROR_SECONDS < run_accounting.began < eval(run_file.with_suffix(".first-began.0").read_text())
@@ -185,31 +199,45 @@ def test_a_run_that_hung_until_it_was_ended_lost_that_time_to_the_hang(tmp_path:
     """First rank 1 stands still, and rank 0 tells how long it waited; then rank 0: the launcher saw the end."""
     run_file, run = write_run(tmp_path, shards), tmp_path / "run"
     hung = 0.0
-    for stopped in (1, 0):
+    for start, stopped in enumerate((1, 0), 1):
         launcher = launch(run_file, 100_000)
         try:
-            wait_for_step(run, max(steps_of(run), default=0) + 30)
+            until(lambda: last_step_of_start(run, start) >= 30, "30 steps", 200)  # noqa: B023
             ranks = ranks_of(run)
             ranks[stopped].send_signal(signal.SIGSTOP)
-            began = time.time()
             assert psutil.wait_procs([ranks[1 - stopped]], timeout=100)[0], "the other rank waits for it still"
-            hung += time.time() - began
             ranks[stopped].kill()  # as the launcher does after its grace
             words = launcher.communicate(timeout=60)[0]
         finally:
             launcher.kill()
         assert launcher.returncode == 1, words
-    last = launch(run_file, max(steps_of(run)) + 5)
+        hung += time.time() - steps_of(run)[max(steps_of(run))]["time"] + seconds_of_long_steps(run)
+    last = launch(run_file, 5)
     assert last.wait(120) == 0
     run_accounting = ledger_of(run)
-    assert 2 * TIMEOUT_SECONDS < run_accounting.seconds["hang"] < hung + 2.0  # and the step before
+    assert 2 * TIMEOUT_SECONDS < run_accounting.seconds["hang"] < hung + seconds_of_long_steps(run)
     assert run_accounting.counts["restarts|hang"] == 2
     assert [finding for finding in audit(run) if not finding.holds] == []
+
+
+def last_step_of_start(run: Path, number: int) -> int:
+    """The last step that start `number`, counted from 1, has recorded; 0: none, or the start is not there yet."""
+    lines = list(read_json_lines(run / "metrics.jsonl"))
+    if sum(line["kind"] == "start" for line in lines) < number:
+        return 0
+    return max((line["step"] for line in lines if line["kind"] == "step"), default=0)
+
+
+def seconds_of_long_steps(run: Path) -> float:
+    """Of this start's steps, those that a busy machine makes so long that they count as hanging."""
+    own = [one["lap"] - one["data_wait_seconds"] - one["compile_seconds"] for one in steps_of(run).values()]
+    return sum(seconds for seconds in own if seconds > 10 * min(own))
 
 
 def launch(run_file: Path, steps: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "launcher", "local", str(run_file), "--ranks", "2", "--restarts", "0"]
     limits = f"training.collective_timeout_seconds={TIMEOUT_SECONDS}", "training.hang_seconds=0"  # no watch
-    for setting in (f"training.steps={steps}", *limits):
+    no_saves = "checkpoint.every_steps=1000000"  # a rank that stops within a save counts as a long save
+    for setting in (f"training.steps={steps}", *limits, no_saves):
         command += ["--set", setting]
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
