@@ -1,28 +1,35 @@
 """Tensor-parallel ranks: the loss, gradient and update of one rank, and checkpoints that move."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
-from bigmodel.config.settings import Settings, UserError
+from bigmodel.config.huggingface import write_config
+from bigmodel.config.settings import Settings, UserError, settings_from_table
 from bigmodel.data.load.batch import Batch, tensors_of
 from bigmodel.distributed.world import World, end_world, start_world
 from bigmodel.generation.prompts import pack
 from bigmodel.inspect.memory import LiveBytes
 from bigmodel.metrics.phases import Phases
+from bigmodel.model.huggingface.weights import names_of, to_theirs
 from bigmodel.model.init import init_weights
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.planning.parameters import held_of, parameters_of
+from bigmodel.training import start
+from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.trained import size_of
-from bigmodel.training.zero.engine import Engine
+from bigmodel.training.zero.engine import Engine, forget_groups
 from bigmodel.training.zero.tensor_parallel import TensorParallel, build_parts
 from tests.support import exactness
 from tests.support.engine_worker import batch_of, launch, new_model, oracle, settings_table
 from tests.support.ranks import run_ranks
+from tests.training.test_trained import run_of
 
 pytestmark = pytest.mark.timeout(600)  # all jobs run in the first test's set-up
 Jobs = dict[str, dict[str, Any]]
@@ -193,6 +200,49 @@ def test_a_start_holds_the_parts_of_a_rank_and_one_whole_parameter(tied: bool) -
                 assert torch.equal(one.flatten(), flat), name
             else:
                 assert torch.equal(one, wanted[name]), name
+
+
+def begin_from(tables: list[dict[str, Any]]) -> None:
+    """A folder's weights, with two rows for new tokens, are on ranks that share them those of one rank."""
+    world = start_world(timeout_seconds=60)
+    for table in tables:
+        forget_groups()
+        effective, settings = resolve_deepspeed(settings_from_table(table, Path("run.toml")), world.size)
+        alone = settings.model_copy(
+            update={"training": settings.training.model_copy(update={"tensor_parallel_ranks": 1})}
+        )
+        wanted = dict(start.new_model(alone, {"zero_optimization": {"stage": 0}}, 68, True).named_parameters())
+        with LiveBytes() as bytes_:
+            model = start.new_model(settings, effective, 68, True)
+        assert bytes_.live < 0.7 * sum(one.nbytes for one in wanted.values())
+        engine = Engine(model, settings, effective, world)
+        if settings.training.precision == "bf16":
+            assert not all(torch.equal(engine.whole(name, "weight"), one) for name, one in wanted.items())
+            write_exactly(engine, settings)
+        assert engine.names() == list(wanted)
+        for name, one in wanted.items():
+            assert torch.equal(engine.whole(name, "weight"), one), (settings.model.start_folder, name)
+    end_world()
+
+
+def test_a_run_begins_with_the_weights_of_a_folder_and_of_another_run(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"model": MODEL | {"num_kv_heads": 2}}).model
+    model = build_model(settings, 66)
+    init_weights(model, 8)
+    folders = [tmp_path / "fp32", tmp_path / "bf16"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(write_config("llama", settings, 66, 64)))
+        theirs = to_theirs(names_of("llama", settings), dict(model.named_parameters()))
+        low = {name: one.to(torch.bfloat16 if folder.name == "bf16" else torch.float32) for name, one in theirs.items()}
+        save_file({name: one.contiguous() for name, one in low.items()}, folder / "model.safetensors")
+    run, _ = run_of(tmp_path)
+    cases = [(folders[0], "bf16", 1), (folders[1], "fp32", 0), (run, "bf16", 2)]
+    tables = []
+    for folder, precision, stage in cases:
+        table = settings_table(tmp_path, stage, precision, 1, training={"tensor_parallel_ranks": 2})
+        tables.append(table | {"model": {"from": str(folder), "vocabulary_multiple": 4}})
+    run_ranks(2, begin_from, tables)
 
 
 def bytes_of(model: torch.nn.Module) -> int:
