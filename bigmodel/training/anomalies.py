@@ -125,7 +125,7 @@ class Anomalies:
             return f"; {found}"
         done, detail = step.number + 1, f"a loss or gradient that is not finite, {found}"
         if self._world.rank == 0:
-            hosts = sorted({*found.hosts}) if len(found.ranks) == 1 else []
+            hosts = sorted({*found.hosts}) if len({*found.hosts}) == 1 else []  # else undecided
             named = {"ranks": list(found.ranks), "hosts": hosts, "layer": found.layer}
             record_event(self._directory, "bad_device", fault="nonfinite", step=done, detail=detail, **named)
         raise Restart(

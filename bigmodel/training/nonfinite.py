@@ -10,8 +10,10 @@ and dropout are a pure function of the plan, so a sound device repeats the resul
 
 A suspect is a rank whose loss, or gradient at its embedding, was not finite in the step itself, or whose micro-batches
 are not finite again. Without a suspect (an overflow in the sum over micro-batches or ranks, or a wrong weight gradient
-that does not come back) nothing is known. On one rank the other rank is itself. Of many suspects, as in a divergence,
-the first eight are computed by another rank; they speak for the others whose micro-batches are not finite again.
+that does not come back) nothing is known. Ranks that share packed sequences, experts or matrices compute parts of each
+other's values: what one makes may be seen on another alone. Of a bad device among them only the group is known. On one
+rank the other rank is itself. Of many suspects, as in a divergence, the first eight are computed by another rank; they
+speak for the others whose micro-batches are not finite again.
 """
 
 import os
@@ -29,8 +31,8 @@ MOST_SUSPECTS = 8  # whose micro-batches are sent to all ranks
 
 
 class Verdict(NamedTuple):
-    """ranks: the suspect, several if ranks that share packed sequences spoilt each other's values, (): none. layer:
-    where it is not finite, "" if it was finite when computed again."""
+    """ranks: the suspect; of a bad device among ranks that share, their whole group; (): none. layer: where it is not
+    finite, "" if it was finite when computed again."""
 
     ranks: tuple[int, ...] = ()
     layer: str = ""
@@ -107,7 +109,8 @@ def decide(seen: Sequence[Seen], hosts: Sequence[str], sharing: int = 1) -> Verd
         if own and other is None:
             continue
         repeats = bool(own and other)
-        ranks = tuple(one for one in suspects if one // sharing == rank // sharing)
+        of_group = suspects if repeats else range(len(seen))
+        ranks = tuple(one for one in of_group if one // sharing == rank // sharing)
         verdicts.append(Verdict(ranks, own, repeats, tuple(hosts[one] for one in ranks), by))
     return min(verdicts, key=lambda one: (one.repeats, one.ranks), default=Verdict())
 

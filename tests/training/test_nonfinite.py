@@ -31,6 +31,7 @@ HOSTS = ["a", "a", "b", "b"]
         ([SOUND] * 4, 1, (), True),  # an overflow in the sum: nobody is blamed
         ([Seen(True, "head", "head")], 1, (0,), True),
         ([SOUND, SOUND, Seen(True, "", ""), Seen(True, "", "")], 2, (2, 3), False),  # they share each pack
+        ([SOUND, SOUND, SOUND, Seen(True, "", "")], 2, (2, 3), False),  # rank 2 may have made what only rank 3 saw
     ],
 )
 def test_a_value_is_the_datas_if_another_rank_repeats_it(seen, sharing: int, ranks: tuple, repeats: bool) -> None:
