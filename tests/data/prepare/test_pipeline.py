@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing.connection import Connection
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -271,17 +271,19 @@ def test_the_last_room_on_the_disk_is_left(home: Path, tmp_path: Path, monkeypat
     assert content(tmp_path / "data") == content(home / "data")
 
 
-def prepare_slowly(home: Path, folder: Path, started: Connection) -> None:
-    """In a process to kill: prepare, slowed where a file is about to take its place."""
-    replace = os.replace
+def prepare_and_die(home: Path, folder: Path, last: int) -> None:
+    """In a process of its own: prepare; killed when file `last` takes its place, before it or after it in turn."""
+    replace, files = os.replace, count(1)
 
-    def slow(*arguments: Any) -> None:
-        time.sleep(0.01)
-        replace(*arguments)
+    def counted(*arguments: Any) -> None:
+        number = next(files)
+        if number < last or last % 2:
+            replace(*arguments)
+        if number == last:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    os.replace = slow
+    os.replace = counted
     corpus.UNIT_BYTES = 5000
-    started.send("started")
     prepare(elsewhere(tiny_settings(home), folder), quiet())
 
 
@@ -293,13 +295,8 @@ def test_killed_at_any_moments_the_result_is_that_of_an_undisturbed_run(
     settings = elsewhere(tiny_settings(home), tmp_path)
     random, grown, kills, code = Random(5), [0], 0, None
     while code != 0:
-        starts, started = context.Pipe(duplex=False)
-        victim = context.Process(target=prepare_slowly, args=(home, tmp_path, started))
+        victim = context.Process(target=prepare_and_die, args=(home, tmp_path, random.randint(2, 9 + kills)))
         victim.start()
-        started.close()
-        assert starts.recv() == "started"  # importing may take seconds
-        victim.join(random.uniform(0.05, 0.3 + 0.1 * kills))  # longer and longer, so that it ends on any machine
-        victim.kill()
         victim.join()
         code = victim.exitcode
         assert code in (0, -signal.SIGKILL)
@@ -423,12 +420,22 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
 
 
 KILLED = """
-import sys
+import sys, threading
 from pathlib import Path
-from bigmodel.data.prepare import corpus, pipeline as preparing
+from bigmodel.data.prepare import corpus, pipeline as preparing, work_items
 from tests.data.prepare.test_pipeline import elsewhere
 from tests.support.tiny_corpus import tiny_settings
 if __name__ == "__main__":
+    run = work_items.Team.run
+    def stand_still(self, title, function, tasks, weights, look=lambda result: None):
+        results = []
+        def looks(result):
+            look(result)
+            results.append(result)
+            if len(results) == 2:
+                threading.Event().wait()
+        return run(self, title, function, tasks, weights, looks)
+    work_items.Team.run = stand_still
     preparing.INLINE_BYTES = 0
     corpus.UNIT_BYTES = 5000
     preparing.prepare(elsewhere(tiny_settings(Path(sys.argv[1]), workers=2), Path(sys.argv[2])), preparing.quiet())
@@ -464,7 +471,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -607,7 +614,7 @@ def test_a_signal_stops_it_with_one_message_and_keeps_what_is_finished(tmp_path:
         assert victim.stdout is not None
         assert victim.stdout.readline() == "encoded\n"
         victim.send_signal(number)
-        _, printed = victim.communicate(timeout=30)
+        _, printed = victim.communicate(timeout=120)
         assert victim.returncode == 3
         assert printed == "bigmodel: stopped; finished work items are kept, the same command resumes from them\n"
         files = list((tmp_path / f"{number.name}.partial").rglob("*.npz"))
