@@ -434,10 +434,12 @@ def test_how_the_last_start_ended_is_its_own_word_a_supervisors_or_death(tmp_pat
     assert how_it_ended(tmp_path, [start, end, start]) == ("died", None)
     record_event(tmp_path, "launch_ended", cause="failed", since=7.0)
     assert how_it_ended(tmp_path, [start, end, start]) == ("died", 7.0)
+    before = time.time()
     record_event(tmp_path, "launch_ended", cause="hang")
     ending, ended = how_it_ended(tmp_path, [start, end, start])
     assert ending == "hang"
-    assert ended == pytest.approx(time.time(), abs=5)
+    assert ended is not None
+    assert before <= ended <= time.time()
     clock_was_set_back = [start, end, {"kind": "start", "time": time.time() + 3600}]
     assert how_it_ended(tmp_path, clock_was_set_back)[0] == "hang"
     record_event(tmp_path, "launch")
