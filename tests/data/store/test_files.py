@@ -24,6 +24,7 @@ from bigmodel.data.prepare.verify import verify
 from bigmodel.data.store import files
 from bigmodel.data.store.remote import upload
 from bigmodel.data.store.shards import ShardStore
+from bigmodel.launcher.network import free_port
 from tests.support.s3 import put, refusing_server, s3_server
 from tests.support.tiny_corpus import LETTERS, NEWS, prepared, tiny_settings
 
@@ -192,10 +193,7 @@ def test_what_fsspec_has_a_driver_for_is_read_and_what_it_has_not_is_said(tmp_pa
 
 
 def test_a_host_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    location = f"s3://a:b@x/a.jsonl?endpoint_override={address}&scheme=http&region=us-east-1"
+    location = f"s3://a:b@x/a.jsonl?endpoint_override=127.0.0.1:{free_port()}&scheme=http&region=us-east-1"
     with pytest.raises(UserError, match=r"cannot be read: .*onnect"):
         files.find(location)
 
@@ -278,9 +276,7 @@ def server(program: str, *options: str) -> Iterator[str]:
     found = shutil.which(program)
     if not found:
         pytest.skip(f"{program} is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [found, *(option.format(port=port) for option in options)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
