@@ -42,7 +42,7 @@ def printed(standbys: Standbys, one: Program, file: Path) -> tuple[int, str]:
     """The process of rank 0, and what it prints."""
     with open(file, "w") as output:
         process = standbys.start(0, one, output.fileno(), output.fileno())
-    process.wait(10)
+    process.wait(60)
     return process.pid, file.read_text()
 
 
@@ -77,7 +77,7 @@ def test_a_standby_of_something_else_is_ended(
         monkeypatch.setattr(standby.bigmodel, "__file__", str(package / "__init__.py"))
     if change == "dead":
         psutil.Process(waiting).kill()
-        psutil.wait_procs([psutil.Process(waiting)], 0.2)
+        psutil.wait_procs([psutil.Process(waiting)], 60)
     one = program(2, *(["--more"] * (change == "command")), **({"NEW": "1"} if change == "variable" else {}))
     assert printed(standbys, one, tmp_path / "second")[1] == "2 False [0]\n"
     assert waiting not in waiting_processes()
@@ -115,4 +115,4 @@ time.sleep(60)
     (waiting,) = psutil.Process(launcher.pid).children()
     launcher.kill()
     launcher.communicate()
-    assert waiting.wait(5) is None
+    assert waiting.wait(60) is None
