@@ -100,7 +100,7 @@ def test_a_request_beyond_its_time_ends_with_504_or_an_error_event(served: Serve
 
 
 def open_sequences(batcher: Batcher) -> int:
-    for _ in range(500):
+    for _ in range(6000):
         if batcher.num_running + batcher.num_waiting == 0:
             break
         time.sleep(0.01)
