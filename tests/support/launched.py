@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def ranks_of(run: Path) -> dict[int, psutil.Process]:
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if f"{run}.toml" in words and words[2:4] == ["bigmodel", "train"] and "--standby" not in words:
-            found[int(process.environ()["RANK"])] = process
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                found[int(process.environ()["RANK"])] = process
     return found
 
 
