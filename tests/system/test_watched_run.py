@@ -183,7 +183,7 @@ def queries_of_panels() -> set[str]:
     has_network = len(psutil.net_io_counters(pernic=True)) > 1
     without = [query for query in queries if GPU_ONLY.search(query)]
     assert len(without) == 9
-    without += [query for query in queries if "_energy_" in query]
+    without += [query for query in queries if "_energy_" in query or "_expert_dropped_" in query]  # no capacity here
     without += [query for query in queries if "_network_" in query and not has_network]
     filled = {"$run": ".+", "$node": ".+", "$__rate_interval": "10s"}
     found = set[str]()
