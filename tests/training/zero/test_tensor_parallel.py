@@ -204,7 +204,7 @@ def test_a_start_holds_the_parts_of_a_rank_and_one_whole_parameter(tied: bool) -
 
 def begin_from(tables: list[dict[str, Any]]) -> None:
     """A folder's weights, with two rows for new tokens, are on ranks that share them those of one rank."""
-    world = start_world(timeout_seconds=60)
+    world = start_world(timeout_seconds=300)
     for table in tables:
         forget_groups()
         effective, settings = resolve_deepspeed(settings_from_table(table, Path("run.toml")), world.size)
@@ -242,7 +242,7 @@ def test_a_run_begins_with_the_weights_of_a_folder_and_of_another_run(tmp_path: 
     for folder, precision, stage in cases:
         table = settings_table(tmp_path, stage, precision, 1, training={"tensor_parallel_ranks": 2})
         tables.append(table | {"model": {"from": str(folder), "vocabulary_multiple": 4}})
-    run_ranks(2, begin_from, tables)
+    run_ranks(2, begin_from, tables, timeout_seconds=500)
 
 
 def bytes_of(model: torch.nn.Module) -> int:
