@@ -248,6 +248,7 @@ def test_the_suite_ends_within_eight_minutes_and_checks_first() -> None:
         "experts",
         "expert_parallel",
         "position_sharing",
+        "model_parallel",
     }
     costs = dict(re.findall(r"^    (\w+) +(\d+) ", str(gpu_suite.__doc__), re.MULTILINE))
     assert costs == {part.name: str(part.limit_seconds) for part in PARTS}
