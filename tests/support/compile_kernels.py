@@ -101,7 +101,7 @@ def compiled(name: str, architecture: int, dtype: str, channels: int, score: str
         TYPES[dtype],
         128,
         architecture,
-        SCORES[score]["REACH"] >= 0 or SCORES[score]["CAPPED"],
+        bool(SCORES[score]["REACH"] >= 0 or SCORES[score]["CAPPED"]),
         score in WITH_DROPOUT,
     )
     if name == "delta":
