@@ -570,7 +570,7 @@ def probe(
 
         resolve_deepspeed(settings, world_size)
         refuse_across_nodes(settings, ranks_per_node or world_size)
-        if manifest_of(settings):
+        if settings.training.tensor_parallel_ranks > 1 and manifest_of(settings):
             vocabulary_of(settings)
         return
     from bigmodel.inspect.probe import probe as run
